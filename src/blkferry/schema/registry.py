@@ -1,0 +1,18 @@
+"""All commands and events by name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from blkferry.schema import block, char, control, export, qom
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from blkferry.schema.qapi import Command, Event
+
+COMMANDS: Mapping[str, Command] = {
+    command.name: command for module in (control, block, export, qom, char) for command in module.COMMANDS
+}
+
+EVENTS: Mapping[str, Event] = {event.name: event for event in export.EVENTS}
