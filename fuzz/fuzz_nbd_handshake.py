@@ -1,0 +1,134 @@
+"""Invariant: no client bytes raise, nothing grows unbounded, and how the bytes are split changes nothing.
+
+    python fuzz/fuzz_nbd_handshake.py [seconds] [seed]
+
+Builds sessions of options that are valid, nearly valid and not valid at all, and feeds each whole, byte by
+byte and in random pieces. A failure prints the seed and the session that reproduce it.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+
+from blkferry.wire.nbd.client import build_flags, build_info, build_option, build_queries
+from blkferry.wire.nbd.constants import MAX_META_OPTION, MAX_STRING, Opt, TransmissionFlag
+from blkferry.wire.nbd.handshake import MAX_OUTGOING, ExportInfo, Handshake, State
+
+CONTEXTS = ((0, "base:allocation"), (1, "qemu:allocation-depth"), (2, "qemu:dirty-bitmap:b"))
+EXPORTS = {
+    name: ExportInfo(name, text, 1 << 20, TransmissionFlag.HAS_FLAGS, 512, 4096, 1 << 25, CONTEXTS)
+    for name, text in (("", ""), ("disk", "d" * 100), ("\u00e9", ""))
+}
+MAX_ONE_ANSWER = 4096  # the longest reply these exports can give to one option
+NAMES = [*EXPORTS, "nothing", "d\0", "n" * MAX_STRING, "n" * (MAX_STRING + 1)]
+QUERIES = ["", ":", "base:", "base:allocation", "qemu:", "qemu:dirty-bitmap:", "qemu:dirty-bitmap:b", "x:y"]
+
+
+class Directory:
+    def list(self):
+        return list(EXPORTS.values())
+
+    def find(self, name):
+        return EXPORTS.get(name)
+
+
+def any_payload(rng):
+    name = rng.choice(NAMES)
+    match rng.randrange(5):
+        case 0:
+            return b""
+        case 1:
+            return rng.randbytes(rng.randrange(64))
+        case 2:
+            return name.encode()
+        case 3:
+            return build_info(name, [rng.randrange(5) for _ in range(rng.randrange(5))])
+        case _:
+            return build_queries(name, [rng.choice(QUERIES) for _ in range(rng.randrange(5))])
+
+
+def any_option(rng):
+    option = rng.choice([*Opt, rng.randrange(1 << 32)])
+    if option in {Opt.EXPORT_NAME, Opt.ABORT, Opt.GO} and rng.random() < 0.7:
+        option = Opt.INFO  # these end a session, and long ones find more
+    return build_option(option, any_payload(rng))
+
+
+def damaged(rng, data):
+    """The same bytes with some flipped, lost or inserted."""
+    damage = bytearray(data)
+    for _ in range(rng.randrange(3)):
+        position = rng.randrange(len(damage) + 1)
+        match rng.randrange(3):
+            case 0 if position < len(damage):
+                damage[position] ^= 1 << rng.randrange(8)
+            case 1:
+                del damage[position : position + rng.randrange(4)]
+            case _:
+                damage[position:position] = rng.randbytes(rng.randrange(4))
+    return bytes(damage)
+
+
+def any_session(rng):
+    flags = build_flags(rng.choice([3, 3, 3, 3, 1, 0, rng.randrange(1 << 32)]))
+    options = [any_option(rng) for _ in range(rng.randrange(12))]
+    if rng.random() < 0.05:
+        options.append(options[-1] * 500 if options else b"")
+    if rng.random() < 0.5:
+        options = [damaged(rng, option) for option in options]
+    return flags + b"".join(options)
+
+
+def pieces(rng, data):
+    start = 0
+    while start < len(data):
+        end = start + rng.choice([1, 2, 16, 100, 10_000])
+        yield data[start:end]
+        start = end
+
+
+def converse(parts):
+    machine = Handshake(Directory())
+    sent = bytearray()
+    for part in parts:
+        machine.receive(part)
+        waiting = len(machine._incoming)  # noqa: SLF001 - a bound of its own, not of its callers
+        assert waiting <= MAX_META_OPTION + len(part) or machine.state is State.DONE
+        while True:
+            assert machine.outgoing_size <= MAX_OUTGOING + MAX_ONE_ANSWER
+            data = machine.outgoing()
+            if not data:
+                break
+            sent += data
+    assert (machine.state is State.DONE) == (machine.result is not None)
+    assert (machine.state is State.CLOSED) == bool(machine.closed_reason)
+    return bytes(sent), machine.state, machine.result, machine.closed_reason, machine.leftover
+
+
+def main(seconds=10.0, seed=None):
+    seed = random.randrange(1 << 32) if seed is None else seed
+    rng = random.Random(seed)
+    deadline = time.monotonic() + seconds
+    sessions = 0
+    session = b""
+    ends = dict.fromkeys(State, 0)
+    try:
+        while time.monotonic() < deadline:
+            session = any_session(rng)
+            whole = converse([session])
+            ends[whole[1]] += 1
+            assert converse(pieces(rng, session)) == whole
+            if len(session) < 5000:
+                assert converse(session[i : i + 1] for i in range(len(session))) == whole
+            sessions += 1
+    except Exception:
+        sys.stderr.write(f"seed {seed}, session {sessions}: {session.hex()}\n")
+        raise
+    counts = ", ".join(f"{count} {state.name}" for state, count in ends.items())
+    sys.stdout.write(f"seed {seed}: {sessions} sessions, which ended {counts}\n")
+
+
+if __name__ == "__main__":
+    main(*(kind(value) for kind, value in zip((float, int), sys.argv[1:], strict=False)))
