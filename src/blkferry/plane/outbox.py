@@ -1,0 +1,189 @@
+"""What a connection still has to send: bytes, buffers and pieces of files, in order, without blocking.
+
+The fast path sends straight from scratch memory; only what the socket did not take is kept here. A socket that is gone
+makes the outbox `broken`, and whatever comes after that is dropped; the owner looks at the flag at its next turn.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections import deque
+from collections.abc import Callable
+
+from blkferry.plane.buffers import Buffer
+from blkferry.plane.services import Services
+
+_IOV_MAX = 256
+_MSG_MORE = socket.MSG_MORE | socket.MSG_NOSIGNAL
+
+
+class _FilePiece:
+    """A piece of a file, by a descriptor of its own: it outlives whatever happens to the node."""
+
+    __slots__ = ("fd", "length", "offset")
+
+    def __init__(self, fd: int, offset: int, length: int) -> None:
+        self.fd = os.dup(fd)
+        self.offset = offset
+        self.length = length
+
+
+_Piece = tuple[memoryview, Buffer | None] | _FilePiece
+
+
+class Outbox:
+    """The sending half of one connection. `on_drained` is called when the socket has taken everything at last."""
+
+    def __init__(self, sock: socket.socket, services: Services, on_drained: Callable[[], None]) -> None:
+        self._sock = sock
+        self._fd = sock.fileno()
+        self._services = services
+        self._on_drained = on_drained
+        self._pieces: deque[_Piece] = deque()
+        self._watching = False
+        self.broken = False
+
+    @property
+    def blocked(self) -> bool:
+        """Whether something waits for the socket; then new work should wait too."""
+        return bool(self._pieces)
+
+    def send(self, view: memoryview, *, more: bool = False) -> None:
+        """Send from scratch memory: what the socket does not take is copied."""
+        if self.broken:
+            return
+        sent = 0
+        if not self._pieces:
+            try:
+                sent = self._sock.send(view, _MSG_MORE if more else socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                pass
+            except OSError:
+                self._break()
+                return
+            if sent == len(view):
+                return
+        self._keep((memoryview(bytes(view[sent:])), None))
+
+    def send_file(self, fd: int, offset: int, length: int) -> None:
+        """Send a piece of a file that is in the page cache (rule R4)."""
+        if self.broken:
+            return
+        if not self._pieces:
+            while length:
+                try:
+                    sent = os.sendfile(self._fd, fd, offset, length)
+                except BlockingIOError:
+                    break
+                except OSError:
+                    self._break()
+                    return
+                if sent == 0:  # the file shrank after its header went out: only closing can tell the client
+                    self._break()
+                    return
+                offset += sent
+                length -= sent
+            if not length:
+                return
+        self._keep(_FilePiece(fd, offset, length))
+
+    def queue(self, data: bytes | memoryview, buffer: Buffer | None = None) -> None:
+        """Send at the next `flush`; `buffer`, if given, holds the bytes and is released when they are gone."""
+        if self.broken:
+            if buffer is not None:
+                buffer.release()
+            return
+        self._pieces.append((memoryview(data), buffer))
+
+    def flush(self) -> None:
+        """Send as much as the socket takes."""
+        while self._pieces and not self.broken:
+            first = self._pieces[0]
+            try:
+                if isinstance(first, _FilePiece):
+                    self._flush_file(first)
+                else:
+                    self._flush_bytes()
+            except BlockingIOError:
+                self._watch()
+                return
+            except OSError:
+                self._break()
+                return
+        self._unwatch()
+
+    def _flush_file(self, piece: _FilePiece) -> None:
+        sent = os.sendfile(self._fd, piece.fd, piece.offset, piece.length)
+        if sent == 0:
+            raise BrokenPipeError
+        piece.offset += sent
+        piece.length -= sent
+        if not piece.length:
+            self._release(self._pieces.popleft())
+
+    def _flush_bytes(self) -> None:
+        batch: list[memoryview] = []
+        more = 0
+        for piece in self._pieces:
+            if isinstance(piece, _FilePiece):
+                more = socket.MSG_MORE
+                break
+            batch.append(piece[0])
+            if len(batch) == _IOV_MAX:
+                break
+        sent = self._sock.sendmsg(batch, [], socket.MSG_NOSIGNAL | more)
+        while sent:
+            view, buffer = self._pieces.popleft()  # type: ignore[misc]  # the batch held no file pieces
+            if sent < len(view):
+                self._pieces.appendleft((view[sent:], buffer))
+                break
+            sent -= len(view)
+            if buffer is not None:
+                buffer.release()
+
+    def _keep(self, piece: _Piece) -> None:
+        self._pieces.append(piece)
+        self._watch()
+
+    def _watch(self) -> None:
+        if not self._watching:
+            self._watching = True
+            self._services.loop.add_writer(self._fd, self._writable)
+
+    def _unwatch(self) -> None:
+        if self._watching:
+            self._watching = False
+            self._services.loop.remove_writer(self._fd)
+
+    def _writable(self) -> None:
+        self.flush()
+        if not self._pieces:
+            self._on_drained()
+
+    def _break(self) -> None:
+        self.broken = True
+        self.discard()
+
+    def discard(self) -> None:
+        """Forget what is left, and stop watching the socket."""
+        self._unwatch()
+        while self._pieces:
+            self._release(self._pieces.popleft())
+
+    @staticmethod
+    def _release(piece: _Piece) -> None:
+        if isinstance(piece, _FilePiece):
+            os.close(piece.fd)
+        elif piece[1] is not None:
+            piece[1].release()
+
+    def detach(self) -> None:
+        """Stop watching, on the old loop; `attach` goes on."""
+        self._unwatch()
+
+    def attach(self, services: Services) -> None:
+        """Go on, on the new loop."""
+        self._services = services
+        if self._pieces:
+            self._watch()

@@ -1,0 +1,69 @@
+"""The system calls that the standard library does not offer, by ctypes. Each raises OSError like os functions do."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+
+FALLOC_FL_KEEP_SIZE = 0x01
+FALLOC_FL_PUNCH_HOLE = 0x02
+FALLOC_FL_ZERO_RANGE = 0x10
+
+_SYS_CACHESTAT = 451
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_libc.fallocate.restype = ctypes.c_int
+_syscall = _libc.syscall
+_syscall.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long]
+_syscall.restype = ctypes.c_long
+_fstatfs = _libc.fstatfs
+_fstatfs.argtypes = [ctypes.c_int, ctypes.c_void_p]
+
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> int:
+    """fallocate(2) with a mode (FALLOC_FL_*); the standard library has only mode 0."""
+    if _libc.fallocate(fd, mode, offset, length) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return 0
+
+
+def filesystem_type(fd: int) -> int:
+    """The magic number of the file system that `fd` lies on, from statfs(2)."""
+    result = ctypes.create_string_buffer(256)
+    if _fstatfs(fd, result) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return int(struct.unpack_from("@l", result)[0]) & 0xFFFFFFFF
+
+
+class CacheStat:
+    """cachestat(2): is a range of a file in the page cache? Its buffers are made once, for it is called often.
+
+    Not thread-safe: every loop has its own.
+    """
+
+    def __init__(self) -> None:
+        self._range = bytearray(16)
+        self._result = bytearray(40)
+        self._range_address = ctypes.addressof(ctypes.c_char.from_buffer(self._range))
+        self._result_address = ctypes.addressof(ctypes.c_char.from_buffer(self._result))
+        self.available = True
+
+    def resident(self, fd: int, offset: int, length: int) -> bool | None:
+        """True when every page of the range is cached, None when the kernel does not tell (before 6.5, or not ours)."""
+        if not self.available:
+            return None
+        struct.pack_into("=QQ", self._range, 0, offset, length)
+        if _syscall(_SYS_CACHESTAT, fd, self._range_address, self._result_address, 0) != 0:
+            if ctypes.get_errno() == 38:  # ENOSYS
+                self.available = False
+            return None
+        pages = (offset + length - 1) // _PAGE - offset // _PAGE + 1
+        return int.from_bytes(self._result[:8], "little" if _LITTLE else "big") >= pages
+
+
+_LITTLE = struct.pack("=H", 1) == b"\x01\x00"
