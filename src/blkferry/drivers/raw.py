@@ -1,0 +1,79 @@
+"""`raw`: another node's bytes as they are, or a window of them."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from blkferry.errors import Error, ErrorKind
+from blkferry.extent import Content, Effort, Extent
+from blkferry.graph.graph import Opening
+from blkferry.graph.node import Node
+from blkferry.plane.storage import Storage
+from blkferry.schema.block import BlockdevOptions, BlockdevRef
+from blkferry.schema.qapi import Doc, branch
+from blkferry.units import SECTOR, align_down
+
+
+@branch
+class BlockdevOptionsRaw(BlockdevOptions):
+    """A raw image, or a window of one."""
+
+    driver: Literal["raw"] = "raw"
+    file: Annotated[BlockdevRef, Doc("the node that holds the bytes", since="2.9")]
+    offset: Annotated[int | None, Doc("where the window begins, a multiple of 512 bytes (default 0)", since="2.10")] = (
+        None
+    )
+    size: Annotated[
+        int | None, Doc("length of the window, a multiple of 512 bytes (default: to the end)", since="2.10")
+    ] = None
+
+
+class Raw(Node):
+    """A window of `file`."""
+
+    driver: ClassVar[str] = "raw"
+    options_type: ClassVar[type[BlockdevOptions]] = BlockdevOptionsRaw
+    options: BlockdevOptionsRaw
+
+    async def open(self, opening: Opening) -> None:
+        for what, value in (("offset", self.options.offset), ("size", self.options.size)):
+            if value is not None and (value < 0 or value % SECTOR):
+                raise Error(ErrorKind.INVALID_ARGUMENT, f"Specified {what} is not multiple of {SECTOR}", value=value)
+        child = await opening.child(self, "file", self.options.file)
+        self._offset = self.options.offset or 0
+        available = child.length - self._offset
+        if available < 0:
+            raise Error(
+                ErrorKind.INVALID_ARGUMENT,
+                f"Offset ({self._offset}) cannot be greater than size of the containing file ({child.length})",
+            )
+        if self.options.size is not None and self.options.size > available:
+            raise Error(
+                ErrorKind.INVALID_ARGUMENT,
+                f"The sum of offset ({self._offset}) and size ({self.options.size}) has to be smaller or equal to the "
+                f"actual size of the containing file ({child.length})",
+            )
+        self._measure()
+
+    def _measure(self) -> None:
+        child = self.children["file"].node
+        self.alignment = child.alignment
+        self.remap_alignment = child.remap_alignment
+        available = align_down(max(child.length - self._offset, 0), SECTOR)
+        self.length = available if self.options.size is None else min(self.options.size, available)
+
+    def lookup(self, start: int, length: int, effort: Effort) -> list[Extent] | None:
+        del effort
+        return [Extent(start, length, Content.DATA, start + self._offset, "file", in_place=True)]
+
+    async def resize(self, length: int) -> None:
+        if self.options.size is not None:
+            raise Error(ErrorKind.UNSUPPORTED, "Cannot resize fixed-size raw disks", node=self.name)
+        await self.children["file"].node.resize(length + self._offset)
+
+    def flush_target(self) -> Storage | None:
+        return self.children["file"].node.flush_target()
+
+    def retire(self) -> None:
+        self._measure()
+        super().retire()

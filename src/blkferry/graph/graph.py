@@ -1,0 +1,245 @@
+"""All nodes of a daemon: adding and removing them, finding them by name, and moving them between loops.
+
+Everything here runs on the daemon's main loop; what touches a node that lives elsewhere is sent to that node's loop.
+A failed `add` leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from blkferry.errors import Error, ErrorKind
+from blkferry.graph import permissions, registry
+from blkferry.graph.node import Node, depends_on
+from blkferry.graph.permissions import ALL, NONE, Edge
+from blkferry.graph.root import Root
+from blkferry.schema.block import BlockdevCacheOptions, BlockdevDiscardOptions, BlockdevOptions
+from blkferry.schema.export import BlockExportOptions
+
+if TYPE_CHECKING:
+    from blkferry.plane.services import Services
+
+MAX_NODE_NAME = 31
+MAX_DEPTH = 200
+"""How deep nodes may nest: a chain of backing files, not a loop of them."""
+
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9\-._]*", re.ASCII)
+
+
+def well_formed(name: str) -> bool:
+    """Whether `name` may name a node, an export or an object: a letter, then letters, digits, '-', '.' and '_'."""
+    return _NAME.fullmatch(name) is not None
+
+
+@dataclass
+class Opening:
+    """What a driver is given to open itself with."""
+
+    graph: Graph
+    options: BlockdevOptions
+    read_only: bool
+    auto_read_only: bool
+    cache: BlockdevCacheOptions
+    depth: int = 0
+    created: list[Node] = field(default_factory=list)
+
+    async def child(self, node: Node, role: str, reference: str | BlockdevOptions) -> Node:
+        """Find or open the node that `reference` means, and attach it to `node` as its child `role`."""
+        if isinstance(reference, str):
+            child = self.graph.find(reference)
+            if node in depends_on(child):
+                raise Error(ErrorKind.INVALID_ARGUMENT, f"Node '{reference}' cannot be below itself", node=reference)
+            if child.services is not node.services:
+                await self.graph.move(child, node.services)
+        else:
+            child = await self.graph.open(reference, self)
+        edge = Edge(node, child, role)
+        node.children[role] = edge
+        child.parents.append(edge)
+        return child
+
+
+class TreeUser(Protocol):
+    """A user of roots that can be moved to another loop with the nodes it uses: exports."""
+
+    root: Root
+    options: BlockExportOptions
+
+    async def pause(self) -> None:
+        """Stop using the node; return when nothing is in flight. Called on the old loop."""
+
+    async def resume(self) -> None:
+        """Go on. Called on the new loop."""
+
+
+class Graph:
+    """The nodes of one daemon; new nodes live on `services` until they are moved."""
+
+    def __init__(self, services: Services) -> None:
+        self.services = services
+        self.nodes: dict[str, Node] = {}
+        self.users: list[TreeUser] = []
+        self._numbers = itertools.count(1)
+        self._changing = asyncio.Lock()
+
+    def find(self, name: str) -> Node:
+        """The node called `name`; raises Error(NOT_FOUND)."""
+        try:
+            return self.nodes[name]
+        except KeyError:
+            raise Error(
+                ErrorKind.NOT_FOUND,
+                f"Cannot find device='' nor node-name='{name}'",
+                hint=_list_names(self.nodes),
+                node=name,
+            ) from None
+
+    async def add(self, options: BlockdevOptions) -> Node:
+        """Open the node that `options` describe, with the inline children in them.
+
+        Raises Error and leaves nothing behind when that fails.
+        """
+        if options.node_name is None:
+            raise Error(ErrorKind.INVALID_ARGUMENT, "'node-name' must be specified for the root node")
+        async with self._changing:
+            return await self.open(options, None)
+
+    async def open(self, options: BlockdevOptions, parent: Opening | None) -> Node:
+        """Open one node, as the inline child of the one that `parent` opens if there is one."""
+        name = self._claim_name(options.node_name)
+        cache = options.cache or (parent.cache if parent else BlockdevCacheOptions())
+        opening = Opening(
+            self,
+            options,
+            read_only=options.read_only or (parent is not None and parent.read_only),
+            auto_read_only=options.auto_read_only or parent is not None,
+            cache=cache,
+            depth=parent.depth + 1 if parent else 0,
+        )
+        if opening.depth > MAX_DEPTH:
+            raise Error(ErrorKind.INVALID_ARGUMENT, f"Nodes are nested more than {MAX_DEPTH} deep")
+        if options.force_share and not opening.read_only:
+            raise Error(
+                ErrorKind.INVALID_ARGUMENT,
+                "force-share=on can only be used with read-only images",
+                hint="Add read-only=on.",
+            )
+        node = registry.driver(options.driver)(name, options, self.services, read_only=opening.read_only)
+        if parent is not None:
+            node.implicit = True
+            node.unmaps = options.discard is not BlockdevDiscardOptions.IGNORE  # the parent decides
+        node.cache = cache
+        self.nodes[name] = node
+        try:
+            await node.open(opening)
+        except BaseException:
+            await self._close(node)
+            raise
+        return node
+
+    def _claim_name(self, name: str | None) -> str:
+        if name is None:
+            return f"#block{next(self._numbers):03}"
+        if len(name.encode()) > MAX_NODE_NAME:
+            raise Error(ErrorKind.INVALID_ARGUMENT, "Node name too long", hint=f"At most {MAX_NODE_NAME} bytes.")
+        if not well_formed(name):
+            raise Error(
+                ErrorKind.INVALID_ARGUMENT,
+                f"Invalid node-name: '{name}'",
+                hint="A letter first, then letters, digits, '-', '.' and '_'.",
+            )
+        if name in self.nodes:
+            raise Error(ErrorKind.EXISTS, f"Duplicate nodes with node-name='{name}'", node=name)
+        return name
+
+    async def remove(self, name: str) -> None:
+        """Close a node that nothing uses, and the inline children it had."""
+        async with self._changing:
+            node = self.nodes.get(name)
+            if node is None:
+                raise Error(
+                    ErrorKind.NOT_FOUND,
+                    f"Failed to find node with node-name='{name}'",
+                    hint=_list_names(self.nodes),
+                    node=name,
+                )
+            for parent in node.parents:
+                if parent.role != "root":
+                    raise Error(
+                        ErrorKind.BUSY,
+                        f"Node '{name}' is busy: node is used as {parent.role} of {parent.user.describe()}",
+                        node=name,
+                    )
+            if node.parents:
+                users = ", ".join(parent.user.describe() for parent in node.parents)
+                raise Error(ErrorKind.BUSY, f"Node {name} is in use", hint=f"It is used by {users}.", node=name)
+            if node.implicit:
+                raise Error(ErrorKind.BUSY, f"Node {name} is in use", hint="It belongs to another node.", node=name)
+            await self._close(node)
+
+    async def _close(self, node: Node) -> None:
+        self.nodes.pop(node.name, None)
+        for edge in list(node.children.values()):
+            if edge.used or edge.shared != ALL:
+                await node.services.run(permissions.change(edge, NONE, ALL))
+            edge.node.parents.remove(edge)
+        children = [edge.node for edge in node.children.values()]
+        await node.services.run(node.close())
+        for child in children:
+            if child.implicit and not child.parents:
+                await self._close(child)
+
+    async def close(self) -> None:
+        """Flush and close every node; nothing may use them any more. Users go before what they use."""
+        for node in reversed(list(self.nodes.values())):
+            if node.name in self.nodes and not node.parents:
+                await self._close(node)
+        for node in list(self.nodes.values()):  # what is left was held together by a loop of our own bugs
+            await self._close(node)
+
+    # Loops -----------------------------------------------------------------------------------------------------
+
+    def tree_of(self, node: Node) -> set[Node]:
+        """Every node that is connected with `node`, up or down: they live on one loop."""
+        found: set[Node] = set()
+        queue = [node]
+        while queue:
+            current = queue.pop()
+            if current in found:
+                continue
+            found.add(current)
+            queue.extend(edge.node for edge in current.children.values())
+            queue.extend(edge.user for edge in current.parents if isinstance(edge.user, Node))
+        return found
+
+    def users_of(self, nodes: set[Node]) -> Iterator[TreeUser]:
+        """The exports on any of these nodes."""
+        return (user for user in self.users if user.root.node in nodes)
+
+    async def move(self, node: Node, services: Services) -> None:
+        """Let the tree of `node`, with all exports on it, live on another loop. Connections survive this."""
+        old = node.services
+        if services is old:
+            return
+        tree = self.tree_of(node)
+        users = list(self.users_of(tree))
+        paused: list[TreeUser] = []
+        try:
+            for user in users:
+                await old.run(user.pause())
+                paused.append(user)
+            for member in tree:
+                member.move(services)
+        finally:
+            for user in paused:
+                await user.root.services.run(user.resume())
+
+
+def _list_names(nodes: dict[str, Node]) -> str:
+    names = sorted(name for name in nodes if not name.startswith("#"))
+    return f"Known nodes: {', '.join(names)}." if names else "There are no nodes; add one with blockdev-add."

@@ -1,0 +1,184 @@
+"""A block node: the base class of every driver, with everything a driver may leave out.
+
+The verbs are those of the design's extent contract. `lookup` says where bytes live; everything else has a default that
+follows from it: a node whose data lives in a child at some offset needs nothing but a `lookup`. Data-path verbs raise
+OSError, control verbs raise Error. All of a node runs on the loop of its `services`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from blkferry.errors import Error, ErrorKind
+from blkferry.extent import Content, Effort, Extent
+from blkferry.graph.permissions import Edge, Permission
+from blkferry.schema.block import (
+    BlockdevCacheOptions,
+    BlockdevDetectZeroesOptions,
+    BlockdevDiscardOptions,
+    BlockdevOptions,
+)
+
+if TYPE_CHECKING:
+    from blkferry.graph.graph import Opening
+    from blkferry.plane.services import Services
+    from blkferry.plane.storage import Storage
+
+MAX_TRANSFER = 32 << 20
+"""The longest read or write that a node is ever asked for, in bytes. Splitting is the caller's part."""
+
+
+class Node:
+    """One node of the graph.
+
+    `length` is in bytes; `alignment` is what requests should be multiples of, in bytes (a power of two; other
+    requests cost a read first), `remap_alignment` the same for zeroes and discards. `storage` is set on
+    nodes that own a descriptor.
+    """
+
+    driver: ClassVar[str]
+    options_type: ClassVar[type[BlockdevOptions]]
+    storage: Storage | None = None
+
+    def __init__(self, name: str, options: BlockdevOptions, services: Services, *, read_only: bool) -> None:
+        self.name = name
+        self.options = options
+        self.services = services
+        self.read_only = read_only
+        self.implicit = False  # a parent's inline child: it goes when its last user goes
+        self.unmaps = options.discard is BlockdevDiscardOptions.UNMAP
+        self.cache = BlockdevCacheOptions()
+        self.children: dict[str, Edge] = {}
+        self.parents: list[Edge] = []
+        self.length = 0
+        self.alignment = 1
+        self.remap_alignment = 1
+
+    # Where bytes live ------------------------------------------------------------------------------------------
+
+    def lookup(self, start: int, length: int, effort: Effort) -> list[Extent] | None:
+        """Extents for the range, in order and without gaps; None (a MISS) when metadata must be loaded first."""
+        raise NotImplementedError
+
+    async def load(self, start: int, length: int) -> None:
+        """Bring in the metadata that a MISS asked for."""
+
+    def retire(self) -> None:
+        """Tell everybody above that what lookups said before is no longer so."""
+        for parent in self.parents:
+            parent.user.retire()
+
+    # Bytes only the driver can produce -------------------------------------------------------------------------
+
+    async def read(self, start: int, view: memoryview) -> None:
+        """Fill `view` for OPAQUE content."""
+        del start, view
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    async def write(self, start: int, view: memoryview) -> None:
+        """Take `view` where lookups name no place for it."""
+        del start, view
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    @property
+    def detects_zeroes(self) -> bool:
+        """Whether this node or one below wants written zeroes found."""
+        if self.options.detect_zeroes is not BlockdevDetectZeroesOptions.OFF:
+            return True
+        return any(edge.node.detects_zeroes for edge in self.children.values())
+
+    # Changing what is there ------------------------------------------------------------------------------------
+
+    async def remap(self, start: int, length: int, *, unmap: bool, fast: bool) -> None:
+        """Make the range read as zeroes. `unmap` allows giving space back; `fast` forbids doing it by writing.
+
+        Raises OSError(ENOTSUP) when it cannot be done, or not fast.
+        """
+        unmap = unmap and self.unmaps
+        await self._on_children(start, length, lambda node, at, n: node.remap(at, n, unmap=unmap, fast=fast))
+
+    async def discard(self, start: int, length: int) -> None:
+        """Give space back where the `discard` option wants it; the range then reads as before or as zeroes."""
+        if not self.unmaps:
+            return
+        await self._on_children(start, length, lambda node, at, n: node.discard(at, n))
+
+    async def prefetch(self, start: int, length: int) -> None:
+        """Bring the range into the page cache."""
+        await self._on_children(start, length, lambda node, at, n: node.prefetch(at, n))
+
+    async def _on_children(self, start: int, length: int, act: Callable[[Node, int, int], Any]) -> None:
+        extents = self.lookup(start, length, Effort.PLACE)
+        while extents is None:
+            await self.load(start, length)
+            extents = self.lookup(start, length, Effort.PLACE)
+        for extent in extents:
+            if extent.content is Content.DATA and extent.child is not None:
+                await act(self.children[extent.child].node, extent.offset, extent.length)
+
+    async def flush(self) -> None:
+        """Make everything written so far durable."""
+        for edge in self.children.values():
+            await edge.node.flush()
+
+    async def resize(self, length: int) -> None:
+        """Change `length` (bytes)."""
+        del length
+        raise Error(ErrorKind.UNSUPPORTED, "Image format driver does not support resize", node=self.name)
+
+    # Life ------------------------------------------------------------------------------------------------------
+
+    async def open(self, opening: Opening) -> None:
+        """Make the node usable; raise Error when it cannot be. `close` follows in either case."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        return f"node '{self.name}'"
+
+    def child_permissions(self, role: str, used: Permission, shared: Permission) -> tuple[Permission, Permission]:
+        """What this node needs of a child, and shares of it, when its own users need and share that."""
+        del role
+        return used, shared
+
+    async def permissions_changed(self, used: Permission, shared: Permission) -> None:
+        """The users of this node now need and share that; raise Error when it cannot be had."""
+
+    def filename(self) -> str:
+        """What query commands show as the node's file."""
+        for edge in self.children.values():
+            return edge.node.filename()
+        return ""
+
+    def allocated_size(self) -> int | None:
+        """Host bytes in use, where that is known."""
+        for edge in self.children.values():
+            return edge.node.allocated_size()
+        return None
+
+    def flush_target(self) -> Storage | None:
+        """The storage whose own flush is all that `flush` does, if there is one: FUA needs no more then."""
+        return None
+
+    def move(self, services: Services) -> None:
+        """Live on another loop. Nothing may be in flight."""
+        self.services = services
+        if self.storage is not None:
+            self.storage.move(services)
+
+    async def close(self) -> None:
+        """Give up what the node holds. Nothing may be in flight and nobody may use it."""
+
+
+def depends_on(node: Node) -> set[Node]:
+    """The node and everything below it."""
+    found: set[Node] = set()
+    queue = [node]
+    while queue:
+        current = queue.pop()
+        if current not in found:
+            found.add(current)
+            queue.extend(edge.node for edge in current.children.values())
+    return found
