@@ -1,0 +1,237 @@
+"""The daemon: one object that owns the graph, exports, objects, the NBD server and monitors, and ends them in order.
+
+It is the Python API too: `async with Daemon() as daemon`. All methods are to be called on the loop it was started on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from importlib.metadata import version as distribution_version
+from typing import TYPE_CHECKING, Any, Self
+
+from blkferry.daemon import commands
+from blkferry.daemon.chardev import Chardev
+from blkferry.daemon.exports import Exports
+from blkferry.daemon.listener import Listener, listen
+from blkferry.daemon.monitor import Monitor
+from blkferry.errors import Error, ErrorKind
+from blkferry.exports.nbd import NbdServer
+from blkferry.graph import registry
+from blkferry.graph.graph import Graph, well_formed
+from blkferry.plane.services import Services
+from blkferry.schema.block import BlockdevOptions
+from blkferry.schema.export import BlockExportOptions
+from blkferry.schema.qapi import Struct, variants
+from blkferry.schema.qom import ObjectOptions
+from blkferry.schema.registry import COMMANDS, EVENTS
+from blkferry.schema.sockets import SocketAddress
+from blkferry.schema.visit import dump, visit
+
+if TYPE_CHECKING:
+    from blkferry.objects.iothread import Iothread
+
+log = logging.getLogger(__name__)
+
+QEMU_VERSION = (10, 0, 2)
+"""The version of QEMU whose protocol we speak; clients decide by it what they may ask."""
+
+DRAIN_SECONDS = 5.0
+"""How long clients may take to receive the answers to what they had asked when the daemon ends."""
+
+EventCallback = Callable[[str, dict[str, object]], None]
+
+
+class Daemon:
+    """A block-export daemon.
+
+    `engine` chooses how requests that may block are done: "auto" (io_uring where the kernel has it, else threads),
+    "io_uring" or "threads".
+    """
+
+    def __init__(self, *, engine: str = "auto") -> None:
+        self._engine = engine
+        self._subscribers: dict[object, EventCallback] = {}
+        self._stopping: asyncio.Task[None] | None = None
+        self.objects: dict[str, Iothread] = {}
+        self.chardevs: dict[str, Chardev] = {}
+        self.monitors: list[Monitor] = []
+        self.nbd_server: NbdServer | None = None
+        self._nbd_listener: Listener | None = None
+        self._nbd_lock = asyncio.Lock()
+        self.exports = Exports(self)
+        self.finished = asyncio.Event()
+        """Set by `quit`: whoever runs the daemon should call `stop`."""
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.stop()
+
+    async def start(self) -> None:
+        """Make the daemon usable, on the running loop."""
+        load_branches()
+        self.services = Services(asyncio.get_running_loop(), engine=self._engine)
+        self.graph = Graph(self.services)
+
+    async def stop(self, *, patience: float = DRAIN_SECONDS) -> None:
+        """End in order: no new clients, answer the old ones for at most `patience` seconds, flush and close everything.
+
+        Calling it again while it runs gives up the patience that is left.
+        """
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(self._stop(patience))
+        await asyncio.shield(self._stopping)
+
+    async def _stop(self, patience: float) -> None:
+        if self.nbd_server is not None:
+            self.nbd_server.stop_listening()
+        await self.exports.remove_all(patience=patience)
+        await self.stop_nbd_server()
+        for monitor in self.monitors:
+            await monitor.stop()
+        for chardev in self.chardevs.values():
+            chardev.stop()
+        await self.graph.close()
+        for thread in self.objects.values():
+            await thread.stop()
+        self.services.close()
+
+    # Commands and events ---------------------------------------------------------------------------------------
+
+    @property
+    def version(self) -> tuple[int, int, int]:
+        return QEMU_VERSION
+
+    @property
+    def package(self) -> str:
+        return f"blkferry {distribution_version('blkferry')}"
+
+    async def execute(self, name: str, arguments: Mapping[str, object] | None = None) -> Any:
+        """Run a QMP command by name with JSON-like arguments; return what its reply would carry. Raises Error."""
+        command = COMMANDS.get(name)
+        if command is None or name not in commands.HANDLERS:
+            raise Error(
+                ErrorKind.UNKNOWN_COMMAND,
+                f"The command {name} has not been found",
+                hint="query-commands lists those there are.",
+                command=name,
+            )
+        value: Struct | None = None
+        if command.arguments is not None:
+            value = visit(command.arguments, dict(arguments or {}))
+        elif arguments:
+            raise Error(ErrorKind.INVALID_ARGUMENT, f"Parameter '{next(iter(arguments))}' is unexpected")
+        result = await commands.HANDLERS[name](self, value)
+        return {} if result is None else dump(result)
+
+    def subscribe(self, callback: EventCallback) -> Callable[[], None]:
+        """Have `callback` called with the name and data of every event. Returns the function that ends this."""
+        key = object()
+        self._subscribers[key] = callback
+
+        def unsubscribe() -> None:
+            self._subscribers.pop(key, None)
+
+        return unsubscribe
+
+    def emit(self, name: str, data: dict[str, object]) -> None:
+        """Tell every subscriber of an event."""
+        assert name in EVENTS
+        for callback in list(self._subscribers.values()):
+            callback(name, data)
+
+    # Services for exports --------------------------------------------------------------------------------------
+
+    def service(self, name: str) -> Any:
+        return self.nbd_server if name == "nbd-server" else None
+
+    async def start_nbd_server(
+        self, address: SocketAddress, *, max_connections: int = 0, handshake_seconds: int = 10
+    ) -> Listener:
+        """Listen for NBD clients. Raises Error(EXISTS) when a server runs, or what is wrong with the address."""
+        async with self._nbd_lock:
+            if self.nbd_server is not None:
+                raise Error(
+                    ErrorKind.EXISTS, "NBD server already running", hint="There is one per daemon; stop it first."
+                )
+            self._nbd_listener = await listen(address)
+            self.nbd_server = NbdServer(
+                self._nbd_listener.sockets, max_connections=max_connections, handshake_seconds=handshake_seconds
+            )
+            return self._nbd_listener
+
+    async def stop_nbd_server(self) -> bool:
+        """Remove all NBD exports and stop listening; False when no server runs."""
+        async with self._nbd_lock:
+            server, listener = self.nbd_server, self._nbd_listener
+            if server is None or listener is None:
+                return False
+            server.close()
+            await self.exports.remove_all("nbd")
+            listener.close()
+            self.nbd_server = self._nbd_listener = None
+            return True
+
+    # Objects ---------------------------------------------------------------------------------------------------
+
+    async def add_object(self, options: ObjectOptions) -> None:
+        """Create an object. Raises Error when the id is taken or malformed, or the type unknown."""
+        if not well_formed(options.id):
+            raise Error(ErrorKind.INVALID_ARGUMENT, "Parameter 'id' expects an identifier", hint="Like 'io1'.")
+        if options.id in self.objects:
+            raise Error(ErrorKind.EXISTS, f"There already is an object with id '{options.id}'", id=options.id)
+        kind = registry.load("objects", options.qom_type)
+        if kind is None:
+            raise Error(ErrorKind.NOT_FOUND, f"invalid object type: {options.qom_type}")
+        thing: Iothread = kind(options)
+        await thing.start(self._engine)
+        self.objects[options.id] = thing
+
+    async def remove_object(self, object_id: str) -> None:
+        """Remove an object that nothing uses. Raises Error(NOT_FOUND) or Error(BUSY), naming the users."""
+        thing = self.objects.get(object_id)
+        if thing is None:
+            raise Error(
+                ErrorKind.NOT_FOUND,
+                f"object '{object_id}' not found",
+                hint=f"Known objects: {', '.join(self.objects)}." if self.objects else "There are no objects.",
+            )
+        users = [node.describe() for node in self.graph.nodes.values() if node.services is thing.services]
+        users += [e.root.describe() for e in self.graph.users if e.root.services is thing.services]
+        if users:
+            raise Error(
+                ErrorKind.BUSY,
+                f"object '{object_id}' is in use, can not be deleted",
+                hint=f"It is used by {', '.join(users)}.",
+            )
+        del self.objects[object_id]
+        await thing.stop()
+
+    def iothread(self, object_id: str) -> Iothread:
+        """The iothread of this name; raises Error(NOT_FOUND)."""
+        thing = self.objects.get(object_id)
+        if thing is None:
+            raise Error(
+                ErrorKind.NOT_FOUND,
+                f'iothread "{object_id}" not found',
+                hint=f"Known iothreads: {', '.join(self.objects)}." if self.objects else "Create it with object-add.",
+            )
+        return thing
+
+
+def load_branches() -> None:
+    """Let the schema's open unions find what entry points contribute."""
+    for union, group in ((BlockdevOptions, "drivers"), (BlockExportOptions, "exports"), (ObjectOptions, "objects")):
+        variants(union).loader = _loader(group)
+
+
+def _loader(group: str) -> Callable[[str | None], None]:
+    def load(name: str | None) -> None:
+        for each in registry.plugins(group) if name is None else (name,):
+            registry.load(group, each)
+
+    return load

@@ -1,0 +1,196 @@
+r"""The life of exports: ids, the order of checks, removal, and the event that says an id is free again.
+
+    (none) --add--> running --del safe, idle--------------------------> gone + event
+                       |  \--del safe, in use--> error, stays running
+                       \--del hard / server stop / quit --> shutting-down -> gone + event
+
+An id stays taken until its export is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from blkferry.errors import Error, ErrorKind
+from blkferry.exports.base import Export
+from blkferry.graph import registry
+from blkferry.graph.graph import well_formed
+from blkferry.graph.root import Root
+from blkferry.schema.export import BlockExportInfo, BlockExportOptions, BlockExportRemoveMode
+
+if TYPE_CHECKING:
+    from blkferry.daemon.daemon import Daemon
+    from blkferry.graph.node import Node
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Entry:
+    """One export that has an id. `removal` is the task that removes it, once there is one."""
+
+    export: Export
+    removal: asyncio.Task[None] | None = None
+
+
+class Exports:
+    """All exports of a daemon, by id, in the order they were added. Lives on the main loop."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+        self._entries: dict[str, Entry | None] = {}  # None while the export is being made
+
+    async def add(self, options: BlockExportOptions) -> Export:
+        """Create an export, with the contract's checks in their order. Leaves nothing behind on failure."""
+        self._claim(options.id)
+        try:
+            export = await self._create(options)
+        except BaseException:
+            del self._entries[options.id]
+            raise
+        self._entries[options.id] = Entry(export)
+        return export
+
+    def _claim(self, export_id: str) -> None:
+        if not well_formed(export_id):
+            raise Error(
+                ErrorKind.INVALID_ARGUMENT,
+                "Invalid block export id",
+                hint=f"'{export_id}' is not a letter followed by letters, digits, '-', '.' and '_'.",
+            )
+        if export_id in self._entries:
+            raise Error(
+                ErrorKind.EXISTS,
+                f"Block export id '{export_id}' is already in use",
+                hint="Choose another id.",
+                id=export_id,
+            )
+        self._entries[export_id] = None
+
+    async def _create(self, options: BlockExportOptions) -> Export:
+        kind = registry.load("exports", options.type)
+        if kind is None or not issubclass(kind, Export):
+            raise Error(ErrorKind.NOT_FOUND, f"No driver found for export type '{options.type}'")
+        graph = self._daemon.graph
+        node = graph.find(options.node_name)
+        if options.writable and node.read_only:
+            raise Error(
+                ErrorKind.DENIED,
+                "Cannot export read-only node as writable",
+                hint=f"Leave writable out, or add node '{node.name}' without read-only.",
+                node=node.name,
+            )
+        await self._place(node, options)
+        if options.allow_inactive:
+            raise Error(ErrorKind.UNSUPPORTED, "Export type does not support inactive exports")
+        export: Export
+        root = Root(node, f"export '{options.id}'", lambda: export.retired())  # noqa: PLW0108 - there is no export yet
+        root.writethrough = options.writethrough
+        export = kind(self._daemon, options, root)
+        await node.services.run(root.attach(*kind.permissions(options)))
+        try:
+            await export.start()
+        except BaseException:
+            export.withdraw()
+            await node.services.run(root.detach())
+            raise
+        graph.users.append(export)
+        return export
+
+    async def _place(self, node: Node, options: BlockExportOptions) -> None:
+        """Move the node to the iothread that the export names, unless it is pinned elsewhere."""
+        graph = self._daemon.graph
+        names = [options.iothread] if isinstance(options.iothread, str) else options.iothread or []
+        if len(names) > 1:
+            raise Error(ErrorKind.UNSUPPORTED, "An export runs in one iothread", hint="Give the name of one iothread.")
+        if not names:
+            return
+        services = self._daemon.iothread(names[0]).services
+        if services is node.services:
+            return
+        pinned = [user for user in graph.users_of(graph.tree_of(node)) if user.options.fixed_iothread]
+        if not pinned:
+            await graph.move(node, services)
+        elif options.fixed_iothread:
+            raise Error(
+                ErrorKind.BUSY,
+                "Cannot change iothread of active block backend",
+                hint=f"Export '{pinned[0].options.id}' is fixed to another iothread.",
+            )
+
+    def get(self, export_id: str) -> Export:
+        """The export with this id; raises Error(NOT_FOUND)."""
+        entry = self._entries.get(export_id)
+        if entry is None:
+            known = ", ".join(self._entries)
+            raise Error(
+                ErrorKind.NOT_FOUND,
+                f"Export '{export_id}' is not found",
+                hint=f"Known exports: {known}." if known else "There are no exports.",
+                id=export_id,
+            )
+        return entry.export
+
+    async def remove(self, export_id: str, mode: BlockExportRemoveMode) -> None:
+        """Begin to remove an export. A safe removal of an export in use is refused; a hard one goes on by itself."""
+        export = self.get(export_id)
+        entry = self._entries[export_id]
+        assert entry is not None
+        if entry.removal is not None:
+            raise Error(ErrorKind.BUSY, f"Export '{export_id}' is already shutting down", id=export_id)
+        if mode is BlockExportRemoveMode.SAFE and (refusal := export.in_use) is not None:
+            raise refusal
+        removal = self._begin_removal(export_id, entry)
+        if mode is BlockExportRemoveMode.SAFE:
+            await asyncio.shield(removal)
+
+    def _begin_removal(self, export_id: str, entry: Entry) -> asyncio.Task[None]:
+        if entry.removal is None:
+            entry.export.withdraw()
+            entry.removal = asyncio.create_task(self._remove(export_id, entry.export), name=f"remove {export_id}")
+        return entry.removal
+
+    async def _remove(self, export_id: str, export: Export) -> None:
+        root = export.root
+        try:
+            await root.services.run(export.stop())
+            await root.services.run(root.detach())
+        except Exception:
+            log.exception("export '%s': removal failed", export_id)
+        self._daemon.graph.users.remove(export)
+        del self._entries[export_id]
+        self._daemon.emit("BLOCK_EXPORT_DELETED", {"id": export_id})
+
+    async def remove_all(self, kind: str | None = None, *, patience: float = 0.0) -> None:
+        """Remove every export, or those of one kind, newest first; clients get `patience` seconds to be answered."""
+        chosen = [
+            (export_id, entry)
+            for export_id, entry in reversed(self._entries.items())
+            if entry is not None and kind in (None, entry.export.kind)
+        ]
+        if patience:
+            for _, entry in chosen:
+                entry.export.withdraw()
+            drains = [asyncio.ensure_future(e.export.root.services.run(e.export.drain())) for _, e in chosen]
+            if drains:
+                _, late = await asyncio.wait(drains, timeout=patience)
+                for drain in late:
+                    drain.cancel()
+        for export_id, entry in chosen:
+            await asyncio.shield(self._begin_removal(export_id, entry))
+
+    def query(self) -> list[BlockExportInfo]:
+        """What query-block-exports says: newest first."""
+        return [
+            BlockExportInfo(
+                id=export_id,
+                type=entry.export.kind,
+                node_name=entry.export.root.node.name,
+                shutting_down=entry.removal is not None,
+            )
+            for export_id, entry in reversed(self._entries.items())
+            if entry is not None
+        ]
