@@ -6,13 +6,18 @@ It is the Python API too: `async with Daemon() as daemon`. All methods are to be
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
-from collections.abc import Callable, Mapping
+import os
+import tempfile
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version as distribution_version
 from typing import TYPE_CHECKING, Any, Self
 
-from blkferry.daemon import commands
+from blkferry.daemon import commands, images
 from blkferry.daemon.chardev import Chardev
+from blkferry.daemon.disk import Disk
 from blkferry.daemon.exports import Exports
 from blkferry.daemon.listener import Listener, listen
 from blkferry.daemon.monitor import Monitor
@@ -22,12 +27,13 @@ from blkferry.graph import registry
 from blkferry.graph.graph import Graph, well_formed
 from blkferry.plane.services import Services
 from blkferry.schema.block import BlockdevOptions
-from blkferry.schema.export import BlockExportOptions
+from blkferry.schema.export import BlockExportOptions, BlockExportOptionsNbd, BlockExportRemoveMode
 from blkferry.schema.qapi import Struct, variants
 from blkferry.schema.qom import ObjectOptions
 from blkferry.schema.registry import COMMANDS, EVENTS
-from blkferry.schema.sockets import SocketAddress
+from blkferry.schema.sockets import SocketAddress, SocketAddressInet, SocketAddressUnix
 from blkferry.schema.visit import dump, visit
+from blkferry.wire.nbd.uri import tcp_uri, unix_uri
 
 if TYPE_CHECKING:
     from blkferry.objects.iothread import Iothread
@@ -61,6 +67,7 @@ class Daemon:
         self._nbd_listener: Listener | None = None
         self._nbd_lock = asyncio.Lock()
         self.exports = Exports(self)
+        self._private_directory: tempfile.TemporaryDirectory[str] | None = None
         self.finished = asyncio.Event()
         """Set by `quit`: whoever runs the daemon should call `stop`."""
 
@@ -91,6 +98,9 @@ class Daemon:
             self.nbd_server.stop_listening()
         await self.exports.remove_all(patience=patience)
         await self.stop_nbd_server()
+        for user in list(self.graph.users):
+            if isinstance(user, Disk):
+                await user.close()
         for monitor in self.monitors:
             await monitor.stop()
         for chardev in self.chardevs.values():
@@ -99,6 +109,8 @@ class Daemon:
         for thread in self.objects.values():
             await thread.stop()
         self.services.close()
+        if self._private_directory is not None:
+            self._private_directory.cleanup()
 
     # Commands and events ---------------------------------------------------------------------------------------
 
@@ -143,6 +155,63 @@ class Daemon:
         assert name in EVENTS
         for callback in list(self._subscribers.values()):
             callback(name, data)
+
+    # For Python programs ---------------------------------------------------------------------------------------
+
+    async def open(
+        self,
+        image: str | os.PathLike[str],
+        *,
+        writable: bool = False,
+        image_format: str | None = None,
+        direct: bool = False,
+        node_name: str | None = None,
+    ) -> Disk:
+        """Open an image (a path, a block device, or "memory:1G") as a node, and hold it.
+
+        `direct` bypasses the page cache. A container that is not raw is refused unless `image_format` says "raw".
+        Raises Error.
+        """
+        name = node_name or self._free_name("disk", self.graph.nodes)
+        node = await self.graph.add(
+            images.options_for(os.fspath(image), name, writable=writable, image_format=image_format, direct=direct)
+        )
+        try:
+            return await Disk.attach(self.graph, node, writable=writable, owns_node=True)
+        except BaseException:
+            await self.graph.remove(name)
+            raise
+
+    async def attach(self, node_name: str, *, writable: bool = False) -> Disk:
+        """Hold a node that is there already. Raises Error."""
+        return await Disk.attach(self.graph, self.graph.find(node_name), writable=writable)
+
+    async def export(self, disk: Disk, *, name: str | None = None, export_id: str | None = None) -> NbdOffer:
+        """Offer a disk over NBD, writable if it is; `name` defaults to the node's.
+
+        Where no NBD server runs yet, one is started on a unix socket in a private directory. Raises Error.
+        """
+        if self.nbd_server is None:
+            self._private_directory = tempfile.TemporaryDirectory(prefix="blkferry-")
+            await self.start_nbd_server(SocketAddressUnix(path=f"{self._private_directory.name}/nbd.sock"))
+        offered = disk.name if name is None else name
+        options = BlockExportOptionsNbd(
+            id=export_id or self._free_name("export", self.exports.ids),
+            node_name=disk.name,
+            name=offered,
+            writable=disk.writable,
+        )
+        await self.exports.add(options)
+        return NbdOffer(self, options.id, self.nbd_uris(offered))
+
+    def nbd_uris(self, name: str) -> list[str]:
+        """Where clients find the export called `name`: one URI for each address the NBD server listens on."""
+        listener = self._nbd_listener
+        return [] if listener is None else [uri_of(address, name) for address in listener.addresses]
+
+    @staticmethod
+    def _free_name(stem: str, taken: Container[str]) -> str:
+        return next(name for number in itertools.count() if (name := f"{stem}{number}") not in taken)
 
     # Services for exports --------------------------------------------------------------------------------------
 
@@ -201,7 +270,7 @@ class Daemon:
                 hint=f"Known objects: {', '.join(self.objects)}." if self.objects else "There are no objects.",
             )
         users = [node.describe() for node in self.graph.nodes.values() if node.services is thing.services]
-        users += [e.root.describe() for e in self.graph.users if e.root.services is thing.services]
+        users += [user.root.describe() for user in self.graph.users if user.root.services is thing.services]
         if users:
             raise Error(
                 ErrorKind.BUSY,
@@ -221,6 +290,34 @@ class Daemon:
                 hint=f"Known iothreads: {', '.join(self.objects)}." if self.objects else "Create it with object-add.",
             )
         return thing
+
+
+@dataclass(frozen=True)
+class NbdOffer:
+    """An NBD export that a program made. `uris` say where clients find it, `uri` is the first of them."""
+
+    daemon: Daemon
+    id: str
+    uris: list[str]
+
+    @property
+    def uri(self) -> str:
+        return self.uris[0]
+
+    async def remove(self, *, force: bool = False) -> None:
+        """Stop offering it; `force` disconnects clients. Raises Error(BUSY) when there are some and it does not."""
+        mode = BlockExportRemoveMode.HARD if force else BlockExportRemoveMode.SAFE
+        await self.daemon.exports.remove(self.id, mode, wait=True)
+
+
+def uri_of(address: SocketAddress, name: str) -> str:
+    """The NBD URI of an export at a bound address."""
+    match address:
+        case SocketAddressInet():
+            return tcp_uri(address.host, int(address.port), name)
+        case SocketAddressUnix(abstract=False):
+            return unix_uri(address.path, name)
+    raise Error(ErrorKind.UNSUPPORTED, f"There is no NBD URI for an address of type '{address.type}'")
 
 
 def load_branches() -> None:

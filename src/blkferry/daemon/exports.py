@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -47,7 +48,8 @@ class Exports:
         """Create an export, with the contract's checks in their order. Leaves nothing behind on failure."""
         self._claim(options.id)
         try:
-            export = await self._create(options)
+            async with self._daemon.graph.changing:
+                export = await self._create(options)
         except BaseException:
             del self._entries[options.id]
             raise
@@ -111,14 +113,14 @@ class Exports:
         services = self._daemon.iothread(names[0]).services
         if services is node.services:
             return
-        pinned = [user for user in graph.users_of(graph.tree_of(node)) if user.options.fixed_iothread]
+        pinned = [user for user in graph.users_of(graph.tree_of(node)) if user.pinned]
         if not pinned:
             await graph.move(node, services)
         elif options.fixed_iothread:
             raise Error(
                 ErrorKind.BUSY,
                 "Cannot change iothread of active block backend",
-                hint=f"Export '{pinned[0].options.id}' is fixed to another iothread.",
+                hint=f"{pinned[0].root.describe().capitalize()} is fixed to another thread.",
             )
 
     def get(self, export_id: str) -> Export:
@@ -134,8 +136,16 @@ class Exports:
             )
         return entry.export
 
-    async def remove(self, export_id: str, mode: BlockExportRemoveMode) -> None:
-        """Begin to remove an export. A safe removal of an export in use is refused; a hard one goes on by itself."""
+    @property
+    def ids(self) -> Container[str]:
+        """Ids in use, also of exports that are being made or removed."""
+        return self._entries.keys()
+
+    async def remove(self, export_id: str, mode: BlockExportRemoveMode, *, wait: bool = False) -> None:
+        """Begin to remove an export. A safe removal of an export in use is refused.
+
+        A hard one goes on by itself, unless the caller wants to `wait` until the export is gone.
+        """
         export = self.get(export_id)
         entry = self._entries[export_id]
         assert entry is not None
@@ -144,7 +154,7 @@ class Exports:
         if mode is BlockExportRemoveMode.SAFE and (refusal := export.in_use) is not None:
             raise refusal
         removal = self._begin_removal(export_id, entry)
-        if mode is BlockExportRemoveMode.SAFE:
+        if wait or mode is BlockExportRemoveMode.SAFE:
             await asyncio.shield(removal)
 
     def _begin_removal(self, export_id: str, entry: Entry) -> asyncio.Task[None]:
@@ -157,10 +167,11 @@ class Exports:
         root = export.root
         try:
             await root.services.run(export.stop())
-            await root.services.run(root.detach())
+            async with self._daemon.graph.changing:
+                await root.services.run(root.detach())
+                self._daemon.graph.users.remove(export)
         except Exception:
             log.exception("export '%s': removal failed", export_id)
-        self._daemon.graph.users.remove(export)
         del self._entries[export_id]
         self._daemon.emit("BLOCK_EXPORT_DELETED", {"id": export_id})
 

@@ -157,7 +157,6 @@ class File(DescriptorNode):
             await self._reopen(writable=False)
 
     async def _reopen(self, *, writable: bool) -> None:
-        await self.storage.in_flight.idle()
         mode = os.O_RDWR if writable else os.O_RDONLY
         try:
             # By descriptor, not by name: it is the same file even if the name means another one by now.

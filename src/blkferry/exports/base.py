@@ -62,10 +62,14 @@ class Export:
         """Why a safe removal must wait, None when nobody uses the export."""
         raise NotImplementedError
 
+    @property
+    def pinned(self) -> bool:
+        return self.options.fixed_iothread
+
     async def pause(self) -> None:
-        """Let go of the loop, keeping the clients; return when nothing is in flight."""
+        """Let go of the node's loop, keeping the clients; return when nothing is in flight. Called on the main loop."""
         raise NotImplementedError
 
     async def resume(self) -> None:
-        """Go on with the clients, on the loop where the node lives now."""
+        """Go on with the clients, on the loop where the node lives now. Called on the main loop."""
         raise NotImplementedError

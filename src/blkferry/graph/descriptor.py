@@ -7,6 +7,7 @@ does not know where the descriptor comes from.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import stat
 
@@ -17,6 +18,8 @@ from blkferry.graph.root import MAX_STATUS_RUNS
 from blkferry.plane.storage import Storage
 from blkferry.plane.syscalls import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
 from blkferry.units import SECTOR, align_up
+
+log = logging.getLogger(__name__)
 
 _PUNCH = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 _ZERO = FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE
@@ -111,6 +114,12 @@ class DescriptorNode(Node):
         return None if stat.S_ISBLK(status.st_mode) else status.st_blocks * 512
 
     async def close(self) -> None:
-        if hasattr(self, "storage"):  # opening may have failed before there was one
-            await self.storage.in_flight.idle()
-            self.storage.close()
+        storage: Storage | None = getattr(self, "storage", None)  # opening may have failed before there was one
+        if storage is None:
+            return
+        await storage.in_flight.idle()
+        try:
+            await storage.aflush()
+        except OSError as error:
+            log.error("%s: the last flush failed: %s", self.filename(), error.strerror)  # noqa: TRY400
+        storage.close()

@@ -18,8 +18,12 @@ from blkferry.graph import permissions, registry
 from blkferry.graph.node import Node, depends_on
 from blkferry.graph.permissions import ALL, NONE, Edge
 from blkferry.graph.root import Root
-from blkferry.schema.block import BlockdevCacheOptions, BlockdevDiscardOptions, BlockdevOptions
-from blkferry.schema.export import BlockExportOptions
+from blkferry.schema.block import (
+    BlockdevCacheOptions,
+    BlockdevDetectZeroesOptions,
+    BlockdevDiscardOptions,
+    BlockdevOptions,
+)
 
 if TYPE_CHECKING:
     from blkferry.plane.services import Services
@@ -65,16 +69,19 @@ class Opening:
 
 
 class TreeUser(Protocol):
-    """A user of roots that can be moved to another loop with the nodes it uses: exports."""
+    """The user of a root, who can be stopped while the nodes move to another loop. Called on the main loop."""
 
     root: Root
-    options: BlockExportOptions
+
+    @property
+    def pinned(self) -> bool:
+        """Whether the tree must stay where it is."""
 
     async def pause(self) -> None:
-        """Stop using the node; return when nothing is in flight. Called on the old loop."""
+        """Stop using the node; return when nothing is in flight."""
 
     async def resume(self) -> None:
-        """Go on. Called on the new loop."""
+        """Go on, on the loop where the node lives now."""
 
 
 class Graph:
@@ -85,7 +92,7 @@ class Graph:
         self.nodes: dict[str, Node] = {}
         self.users: list[TreeUser] = []
         self._numbers = itertools.count(1)
-        self._changing = asyncio.Lock()
+        self.changing = asyncio.Lock()  # held while nodes, edges or permissions change; never while waiting for clients
 
     def find(self, name: str) -> Node:
         """The node called `name`; raises Error(NOT_FOUND)."""
@@ -106,7 +113,7 @@ class Graph:
         """
         if options.node_name is None:
             raise Error(ErrorKind.INVALID_ARGUMENT, "'node-name' must be specified for the root node")
-        async with self._changing:
+        async with self.changing:
             return await self.open(options, None)
 
     async def open(self, options: BlockdevOptions, parent: Opening | None) -> Node:
@@ -128,6 +135,13 @@ class Graph:
                 ErrorKind.INVALID_ARGUMENT,
                 "force-share=on can only be used with read-only images",
                 hint="Add read-only=on.",
+            )
+        unmaps = options.discard is BlockdevDiscardOptions.UNMAP
+        if options.detect_zeroes is BlockdevDetectZeroesOptions.UNMAP and not unmaps:
+            raise Error(
+                ErrorKind.INVALID_ARGUMENT,
+                "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap",
+                hint="Add discard=unmap, or use detect-zeroes=on.",
             )
         node = registry.driver(options.driver)(name, options, self.services, read_only=opening.read_only)
         if parent is not None:
@@ -159,7 +173,7 @@ class Graph:
 
     async def remove(self, name: str) -> None:
         """Close a node that nothing uses, and the inline children it had."""
-        async with self._changing:
+        async with self.changing:
             node = self.nodes.get(name)
             if node is None:
                 raise Error(
@@ -231,13 +245,13 @@ class Graph:
         paused: list[TreeUser] = []
         try:
             for user in users:
-                await old.run(user.pause())
+                await user.pause()
                 paused.append(user)
             for member in tree:
                 member.move(services)
         finally:
             for user in paused:
-                await user.root.services.run(user.resume())
+                await user.resume()
 
 
 def _list_names(nodes: dict[str, Node]) -> str:

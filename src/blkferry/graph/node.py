@@ -84,11 +84,10 @@ class Node:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     @property
-    def detects_zeroes(self) -> bool:
-        """Whether this node or one below wants written zeroes found."""
-        if self.options.detect_zeroes is not BlockdevDetectZeroesOptions.OFF:
-            return True
-        return any(edge.node.detects_zeroes for edge in self.children.values())
+    def detects_zeroes(self) -> BlockdevDetectZeroesOptions:
+        """What this node, or else one below, wants done with writes that are all zero."""
+        wanted = [self.options.detect_zeroes, *(edge.node.detects_zeroes for edge in self.children.values())]
+        return next((each for each in wanted if each is not BlockdevDetectZeroesOptions.OFF), wanted[0])
 
     # Changing what is there ------------------------------------------------------------------------------------
 

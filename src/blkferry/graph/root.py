@@ -17,6 +17,7 @@ from blkferry.graph import permissions
 from blkferry.graph.node import MAX_TRANSFER, Node
 from blkferry.graph.permissions import ALL, NONE, Edge, Permission
 from blkferry.plane.drain import InFlight
+from blkferry.schema.block import BlockdevDetectZeroesOptions
 from blkferry.units import align_down, align_up
 
 if TYPE_CHECKING:
@@ -149,14 +150,15 @@ class Root:
     @property
     def detects_zeroes(self) -> bool:
         """Whether writes have to be looked at before they take a short cut."""
-        return self.node.detects_zeroes
+        return self.node.detects_zeroes is not BlockdevDetectZeroesOptions.OFF
 
     # Writing ---------------------------------------------------------------------------------------------------
 
     async def write(self, start: int, view: memoryview, *, fua: bool = False) -> None:
         """Write `view` at offset `start`. With `fua` it is durable on return."""
         if self.detects_zeroes and view == bytes(len(view)):
-            await self.write_zeroes(start, len(view), unmap=True, fua=fua)
+            unmap = self.node.detects_zeroes is BlockdevDetectZeroesOptions.UNMAP
+            await self.write_zeroes(start, len(view), unmap=unmap, fua=fua)
             return
         await self._write_runs(start, view, fua or self.writethrough)
 
@@ -167,6 +169,8 @@ class Root:
                 await _write_storage(run.storage, run.offset, part, fua)
             else:
                 await run.node.write(run.offset, part)
+                if fua:
+                    await run.node.flush()
 
     async def write_zeroes(
         self, start: int, length: int, *, unmap: bool, fast: bool = False, fua: bool = False

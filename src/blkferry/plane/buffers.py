@@ -57,6 +57,10 @@ class BufferPool:
         """Have `callback` called once when the pool is no longer exhausted."""
         self._waiting.add(callback)
 
+    def forget(self, callback: Callable[[], None]) -> None:
+        """Undo `wait`."""
+        self._waiting.discard(callback)
+
     def acquire(self, length: int) -> Buffer:
         """Return a buffer of at least `length` bytes, its contents undefined. Never refuses: ask `exhausted` first."""
         size = 1 << max(SMALLEST_BITS, (length - 1).bit_length())

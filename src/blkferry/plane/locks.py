@@ -80,7 +80,10 @@ class ImageLock:
             raise Error.from_oserror(f"Could not lock '{self.path}'", error, path=self.path) from error
 
     def _refuse_if_locked(self, byte: int, message: str) -> None:
-        reply = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
+        try:
+            reply = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
+        except OSError as error:
+            raise Error.from_oserror(f"Could not ask for the locks of '{self.path}'", error, path=self.path) from error
         if _FLOCK.unpack(reply)[0] == fcntl.F_UNLCK:
             return
         holder = next(holders(self.path, byte, excluding=self._fd), None)

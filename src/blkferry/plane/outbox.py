@@ -179,8 +179,12 @@ class Outbox:
             piece[1].release()
 
     def detach(self) -> None:
-        """Stop watching, on the old loop; `attach` goes on."""
+        """Stop watching, on the old loop, and give its buffers back to it; `attach` goes on."""
         self._unwatch()
+        for number, piece in enumerate(self._pieces):
+            if not isinstance(piece, _FilePiece) and piece[1] is not None:
+                self._pieces[number] = (memoryview(bytes(piece[0])), None)
+                piece[1].release()
 
     def attach(self, services: Services) -> None:
         """Go on, on the new loop."""

@@ -81,9 +81,13 @@ class Storage:
         self._known_data = (0, 0)
 
     def replace(self, fd: int, *, writable: bool) -> None:
-        """Swap in another descriptor of the same file (re-opened for writing, or back). Nothing may be in flight."""
-        os.close(self.fd)
-        self.fd, self.writable = fd, writable
+        """Swap in another descriptor of the same file (re-opened for writing, or back), under the same number.
+
+        What is in flight goes on with the old one; what has only been queued takes the new one, which is as good.
+        """
+        os.dup2(fd, self.fd, inheritable=False)
+        os.close(fd)
+        self.writable = writable
 
     def refresh_size(self) -> int:
         """Ask the kernel for the size again, in bytes."""

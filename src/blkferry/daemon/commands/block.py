@@ -56,7 +56,8 @@ async def block_resize(daemon: Daemon, arguments: BlockResize) -> None:
         finally:
             await root.detach()
 
-    await node.services.run(resize())
+    async with daemon.graph.changing:
+        await node.services.run(resize())
 
 
 @command("query-named-block-nodes")

@@ -63,6 +63,9 @@ MAX_IN_FLIGHT = 256
 MAX_IN_FLIGHT_BYTES = 64 << 20
 """Their payload: two of the largest requests."""
 
+TURN_BYTES = 8 << 20
+"""What one client may read in a turn, so that it does not starve the others of its loop."""
+
 STALL_SECONDS = 0.005
 """A turn with inline writes that takes longer was throttled by the kernel: writes then go by the engine for a while."""
 
@@ -118,6 +121,7 @@ class NbdClient:
         self._magic, self._layout = wire.REQUEST_LAYOUT[self.mode]
         self._stash = bytes(leftover)
         self._payload: _Payload | None = None
+        self._moving: bytes | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._in_flight_bytes = 0
         self._reading = False
@@ -169,9 +173,13 @@ class NbdClient:
         if asyncio.get_running_loop() is not self.root.services.loop:  # the node moved while this call was on its way
             self.root.services.loop.call_soon_threadsafe(self.resume)
             return
-        if self.services is not self.root.services:
-            self.services = self.root.services
-            self._outbox.attach(self.services)
+        self.services = self.root.services
+        self._outbox.attach(self.services)
+        payload = self._payload
+        if payload is not None and self._moving is not None:
+            payload.buffer = self.services.buffers.acquire(payload.length)
+            payload.buffer.view[: payload.have] = self._moving
+            self._moving = None
         self.invalidate()
         self._paused = False
         self._go_on()
@@ -181,7 +189,16 @@ class NbdClient:
         self._paused = True
         self._stop_reading()
         await self.idle()
+        while self._flush_scheduled:  # noqa: ASYNC110 - it is one turn of the loop away
+            await asyncio.sleep(0)
+        self.services.buffers.forget(self._go_on)
         self._outbox.detach()
+        payload = self._payload
+        if payload is not None and payload.buffer is not None:
+            # Buffers belong to the loop: what has come of a write waits in plain memory while the client moves.
+            self._moving = bytes(payload.buffer.view[: payload.have])
+            payload.buffer.release()
+            payload.buffer = None
 
     async def idle(self) -> None:
         """Wait until nothing is in flight."""
@@ -338,7 +355,8 @@ class NbdClient:
             data_header = wire.SIMPLE_REPLY.size
         simple = wire.SIMPLE_REPLY.pack_into
         pos = filled = 0
-        while end - pos >= header:
+        budget = TURN_BYTES
+        while end - pos >= header and budget > 0:
             got, flags, command, cookie, offset, length = unpack(data, pos)
             if got != magic:
                 self._send(view, filled)
@@ -347,7 +365,10 @@ class NbdClient:
             if command == _READ and offset + length <= read_end and not flags & ~_DF and 0 < length < SENDFILE_FROM:
                 if filled + data_header + length > room:
                     self._send(view, filled)
+                    budget -= filled
                     filled = 0
+                    if self._outbox.blocked:
+                        break
                 start = filled + data_header
                 try:
                     count = preadv(fd, (view[start : start + length],), offset + delta, inline_flags)
@@ -412,6 +433,7 @@ class NbdClient:
                 filled = 0
             if self._must_wait():
                 break
+            budget -= length
             pos = self._dispatch(data, pos + header, end, wire.Request(flags, command, cookie, offset, length))
             if self._closed or self._ending:
                 return
@@ -437,6 +459,9 @@ class NbdClient:
             self._stash = bytes(data[pos:end])
         if self._must_wait():
             self._stop_reading()
+        elif budget <= 0 and self._stash:
+            self._stop_reading()
+            self.services.loop.call_soon(self._go_on)
 
     def _send(self, view: memoryview, filled: int, *, more: bool = False) -> None:
         if filled:
@@ -541,7 +566,8 @@ class NbdClient:
         if not fua and not storage.direct and now >= storage.inline_writes_from:
             self._write_inline(storage, request, buffer, now)
             return
-        if storage.alignment > 1 and ((at | length) % storage.alignment or not storage.write_shortcut):
+        place = at + self._run_offset
+        if storage.alignment > 1 and ((place | length) % storage.alignment or not storage.write_shortcut):
             self._spawn(slow.write(self, request, buffer), length)
             return
         self._start(length)
@@ -550,7 +576,7 @@ class NbdClient:
             buffer.release()
             self._finished(request, result, length)
 
-        storage.fast_write(buffer, length, at + self._run_offset, fua, written)
+        storage.fast_write(buffer, length, place, fua, written)
 
     def _write_inline(self, storage: Storage, request: wire.Request, buffer: Buffer, now: float) -> None:
         done = 0
@@ -578,7 +604,7 @@ class NbdClient:
             return
         place = at + self._run_offset
         if storage.direct:
-            if (at | length) % storage.alignment:
+            if (place | length) % storage.alignment:
                 self._spawn(slow.execute(self, request), length)
                 return
         elif length >= SENDFILE_FROM and self._send_cached(storage, request, place):

@@ -129,8 +129,8 @@ class NbdExport(Export):
 
     async def pause(self) -> None:
         for client in list(self.clients):
-            await client.pause()
+            await self.root.services.run(client.pause())
 
     async def resume(self) -> None:
         for client in list(self.clients):
-            client.resume()
+            self.root.services.loop.call_soon_threadsafe(client.resume)
