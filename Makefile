@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --root-user-action=ignore
 # Files that are Python without saying so in their name.
-SCRIPTS := tools/peers
+SCRIPTS := tools/peers tools/reference
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint bench fuzz peers clean
@@ -23,7 +23,7 @@ test: lint ## lint, then run all tests (ARGS="..." goes to pytest)
 lint: $(VENV)/.tested ## ruff, mypy and the import layers
 	@$(BIN)/ruff check --quiet . $(SCRIPTS)
 	@$(BIN)/mypy --no-error-summary
-	@$(BIN)/mypy --no-error-summary $(SCRIPTS)
+	@for script in $(SCRIPTS); do $(BIN)/mypy --no-error-summary $$script || exit 1; done
 	@$(BIN)/lint-imports >$(VENV)/lint-imports.log 2>&1 || { cat $(VENV)/lint-imports.log; exit 1; }
 
 bench: $(VENV)/.installed peers ## compare with the peers (ARGS="..." goes to benchmarks/run.py)

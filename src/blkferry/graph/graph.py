@@ -136,6 +136,8 @@ class Graph:
                 "force-share=on can only be used with read-only images",
                 hint="Add read-only=on.",
             )
+        if not options.active:
+            raise Error(ErrorKind.UNSUPPORTED, "Inactive nodes are not supported", hint="Leave active out.")
         unmaps = options.discard is BlockdevDiscardOptions.UNMAP
         if options.detect_zeroes is BlockdevDetectZeroesOptions.UNMAP and not unmaps:
             raise Error(
