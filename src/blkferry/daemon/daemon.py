@@ -27,6 +27,7 @@ from blkferry.graph import registry
 from blkferry.graph.graph import Graph, well_formed
 from blkferry.plane.services import Services
 from blkferry.schema.block import BlockdevOptions
+from blkferry.schema.control import MonitorMode, MonitorOptions
 from blkferry.schema.export import BlockExportOptions, BlockExportOptionsNbd, BlockExportRemoveMode
 from blkferry.schema.qapi import Struct, variants
 from blkferry.schema.qom import ObjectOptions
@@ -60,6 +61,7 @@ class Daemon:
         self._engine = engine
         self._subscribers: dict[object, EventCallback] = {}
         self._stopping: asyncio.Task[None] | None = None
+        self._hurry = asyncio.Event()
         self.objects: dict[str, Iothread] = {}
         self.chardevs: dict[str, Chardev] = {}
         self.monitors: list[Monitor] = []
@@ -91,12 +93,14 @@ class Daemon:
         """
         if self._stopping is None:
             self._stopping = asyncio.create_task(self._stop(patience))
+        else:
+            self._hurry.set()
         await asyncio.shield(self._stopping)
 
     async def _stop(self, patience: float) -> None:
         if self.nbd_server is not None:
             self.nbd_server.stop_listening()
-        await self.exports.remove_all(patience=patience)
+        await self.exports.remove_all(patience=patience, hurry=self._hurry)
         await self.stop_nbd_server()
         for user in list(self.graph.users):
             if isinstance(user, Disk):
@@ -132,6 +136,8 @@ class Daemon:
                 hint="query-commands lists those there are.",
                 command=name,
             )
+        if self._stopping is not None:
+            raise Error(ErrorKind.GONE, "The daemon is shutting down")
         value: Struct | None = None
         if command.arguments is not None:
             value = visit(command.arguments, dict(arguments or {}))
@@ -244,6 +250,23 @@ class Daemon:
             listener.close()
             self.nbd_server = self._nbd_listener = None
             return True
+
+    # Monitors --------------------------------------------------------------------------------------------------
+
+    async def add_monitor(self, options: MonitorOptions) -> None:
+        """Talk QMP over a character device. Raises Error(NOT_FOUND) or Error(BUSY)."""
+        if options.mode is not MonitorMode.CONTROL:
+            raise Error(ErrorKind.UNSUPPORTED, "Only QMP is supported", hint="Leave mode out, or say mode=control.")
+        chardev = self.chardevs.get(options.chardev)
+        if chardev is None:
+            raise Error(
+                ErrorKind.NOT_FOUND,
+                f'chardev "{options.chardev}" not found',
+                hint=f"Known chardevs: {', '.join(self.chardevs)}." if self.chardevs else "There are no chardevs yet.",
+            )
+        monitor = Monitor(chardev, self, pretty=options.pretty)
+        await monitor.start()
+        self.monitors.append(monitor)
 
     # Objects ---------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -175,8 +175,13 @@ class Exports:
         del self._entries[export_id]
         self._daemon.emit("BLOCK_EXPORT_DELETED", {"id": export_id})
 
-    async def remove_all(self, kind: str | None = None, *, patience: float = 0.0) -> None:
-        """Remove every export, or those of one kind, newest first; clients get `patience` seconds to be answered."""
+    async def remove_all(
+        self, kind: str | None = None, *, patience: float = 0.0, hurry: asyncio.Event | None = None
+    ) -> None:
+        """Remove every export, or those of one kind, newest first.
+
+        Clients get `patience` seconds to be answered, or until `hurry` is set.
+        """
         chosen = [
             (export_id, entry)
             for export_id, entry in reversed(self._entries.items())
@@ -185,11 +190,11 @@ class Exports:
         if patience:
             for _, entry in chosen:
                 entry.export.withdraw()
-            drains = [asyncio.ensure_future(e.export.root.services.run(e.export.drain())) for _, e in chosen]
-            if drains:
-                _, late = await asyncio.wait(drains, timeout=patience)
-                for drain in late:
-                    drain.cancel()
+            ends = (_drain([entry.export for _, entry in chosen]), (hurry or asyncio.Event()).wait())
+            waits = [asyncio.create_task(end) for end in ends]
+            await asyncio.wait(waits, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+            for wait in waits:
+                wait.cancel()
         for export_id, entry in chosen:
             await asyncio.shield(self._begin_removal(export_id, entry))
 
@@ -205,3 +210,7 @@ class Exports:
             for export_id, entry in reversed(self._entries.items())
             if entry is not None
         ]
+
+
+async def _drain(exports: Iterable[Export]) -> None:
+    await asyncio.gather(*(export.root.services.run(export.drain()) for export in exports))

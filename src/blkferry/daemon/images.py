@@ -42,8 +42,8 @@ def options_for(
     if image_format is not None and image_format not in FORMATS:
         raise Error(
             ErrorKind.UNSUPPORTED,
-            f"Unknown format '{image_format}'",
-            hint=f"Known formats: {', '.join(FORMATS)}.",
+            f"Format '{image_format}' is not supported",
+            hint=f"Supported: {', '.join(FORMATS)}.",
         )
     options: dict[str, Any] = {"node-name": node_name, "read-only": not writable}
     if discard:

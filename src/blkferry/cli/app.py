@@ -1,0 +1,167 @@
+"""The commands of `blkferry` and their options. What they do is imported when they run, so help is quick."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+
+import click
+
+from blkferry.cli.console import complain, log_to_stderr
+from blkferry.errors import Error
+
+PROGRAM = "blkferry"
+MAX_PORT = 65535
+
+
+class Commands(click.Group):
+    """A group that knows what was meant."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and self.get_command(ctx, args[0]) is None:
+            names = self.list_commands(ctx)
+            close = difflib.get_close_matches(args[0][:32], names, 1)
+            wanted = f"Did you mean '{close[0]}'?" if close else f"There is: {', '.join(names)}."
+            ctx.fail(f"No such command '{args[0]}'. {wanted}")
+        return super().resolve_command(ctx, args)
+
+
+def _print_version(ctx: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
+    if not wanted:
+        return
+    import platform
+    from importlib.metadata import version
+
+    from blkferry.daemon.daemon import QEMU_VERSION
+
+    behaves_as = ".".join(map(str, QEMU_VERSION))
+    click.echo(f"{PROGRAM} {version(PROGRAM)}")
+    click.echo(f"QMP of QEMU {behaves_as}, {platform.python_implementation()} {platform.python_version()}")
+    ctx.exit()
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="`blkferry COMMAND --help` tells more. `blkferry-qsd` has the command line of qemu-storage-daemon.",
+)
+@click.option(
+    "-V", "--version", is_flag=True, expose_value=False, is_eager=True, callback=_print_version, help="Say the version."
+)
+def app() -> None:
+    """Offer disk images over the network or a socket.
+
+    \b
+    blkferry serve disk.img              read-only, to NBD clients on this machine
+    blkferry serve -w disk.img           the same, and they may write
+    blkferry serve memory:1G             an empty disk that is gone when you are done
+    """  # noqa: D301 - click's mark for lines to be left as they are
+
+
+@app.command(
+    short_help="Offer images over NBD until Ctrl-C.",
+    epilog="Ctrl-C or SIGTERM end it: clients get the answers they wait for, everything written is on disk. "
+    "A second one cuts clients off.",
+)
+@click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
+@click.option("-w", "--writable", is_flag=True, help="Let clients write. Without it images are read-only.")
+@click.option(
+    "-n",
+    "--name",
+    "names",
+    multiple=True,
+    metavar="NAME",
+    help="What clients ask for, once per image.  [default: the image's file name]",
+)
+@click.option("-s", "--socket", metavar="PATH", help="Listen on a unix socket instead of a TCP port.")
+@click.option("--host", metavar="HOST", help="Listen on this address; '' is all of them.  [default: 127.0.0.1]")
+@click.option(
+    "-p",
+    "--port",
+    type=click.IntRange(0, MAX_PORT),
+    metavar="PORT",
+    help="Listen on this TCP port; 0 is any free one.  [default: 10809]",
+)
+@click.option(
+    "-f",
+    "--format",
+    "image_format",
+    metavar="FORMAT",
+    help="What the images are: raw. Other containers "
+    "are refused unless you say raw, which serves the container's own bytes.",
+)
+@click.option("--direct", is_flag=True, help="Bypass the page cache (O_DIRECT).")
+@click.option(
+    "--discard/--no-discard", default=True, help="Give space back that clients discard, or keep it.  [default: discard]"
+)
+@click.option("--description", metavar="TEXT", help="Free text that clients can show.")
+@click.option(
+    "--max-connections",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="Clients at the same time.  [default: any number]",
+)
+@click.option("--qmp", metavar="PATH", help="Take QMP commands on this unix socket meanwhile.")
+@click.option("--json", "as_json", is_flag=True, help="Say where the exports are in one line of JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="Say where the exports are, one URI per line, and nothing else.")
+@click.option("-v", "--verbose", count=True, help="Log who connects and leaves; twice for everything.")
+def serve(
+    images: tuple[str, ...],
+    names: tuple[str, ...],
+    socket: str | None,
+    host: str | None,
+    port: int | None,
+    *,
+    writable: bool,
+    image_format: str | None,
+    direct: bool,
+    discard: bool,
+    description: str | None,
+    max_connections: int,
+    qmp: str | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: int,
+) -> None:
+    """Offer images over NBD, and say how clients reach them.
+
+    IMAGE is a raw image file, a block device, or memory:SIZE for an empty disk that is gone at the end (and always
+    writable).
+
+    \b
+    blkferry serve disk.img
+    blkferry serve -w --socket /tmp/nbd.sock disk.img
+    blkferry serve --port 0 --json a.img b.img
+    blkferry serve -w --direct /dev/sdb
+    blkferry serve --name scratch memory:10G
+    """  # noqa: D301
+    if socket is not None and (host is not None or port is not None):
+        raise click.UsageError("--socket is instead of --host and --port; give either.")
+    if names and len(names) != len(images):
+        raise click.UsageError(f"--name is given {len(names)} times for {len(images)} images; give it once for each.")
+    from blkferry.cli.serve import Request, Speech, serve_images
+
+    log_to_stderr(PROGRAM, verbose)
+    speech = Speech.JSON if as_json else Speech.URIS if quiet else Speech.PROSE
+    request = Request(
+        images=images,
+        names=names,
+        writable=writable,
+        image_format=image_format,
+        direct=direct,
+        discard=discard,
+        description=description,
+        socket=socket,
+        host="127.0.0.1" if host is None else host,
+        port=port,
+        max_connections=max_connections,
+        qmp=qmp,
+    )
+    try:
+        serve_images(request, speech)
+    except Error as error:
+        complain(PROGRAM, error)
+        sys.exit(1)

@@ -1,0 +1,104 @@
+"""What `blkferry serve` says once it serves: the URI of each export, and lines to paste that make use of it.
+
+One layout for everybody; on a terminal rich colours it. A reader who has gone away is no reason to stop serving.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from blkferry.daemon.daemon import uri_of
+from blkferry.schema.sockets import SocketAddress, SocketAddressInet, SocketAddressUnix
+from blkferry.units import format_size
+
+LABEL_WIDTH = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """One export that is there."""
+
+    name: str
+    image: str
+    size: int
+    writable: bool
+    addresses: tuple[SocketAddress, ...]
+
+    @property
+    def uris(self) -> list[str]:
+        return [uri_of(address, self.name) for address in self.addresses]
+
+    def clients(self) -> Iterator[tuple[str, str]]:
+        """What one might do with it: a word for it, and the command line."""
+        uri = shlex.quote(self.uris[0])
+        drive = f"file={self.uris[0]},format=raw,if=virtio" + ("" if self.writable else ",readonly=on")
+        yield "copy", f"nbdcopy {uri} copy.img"
+        yield "inspect", f"qemu-img info {uri}"
+        yield "boot", f"qemu-system-x86_64 -m 1G -drive {shlex.quote(drive)}"
+        match self.addresses[0]:
+            case SocketAddressUnix(path=path):
+                where = f"-unix {shlex.quote(path)}"
+            case SocketAddressInet(host=host, port=port):
+                where = f"{shlex.quote(host)} {port}"
+            case _:
+                return
+        yield "attach", f"sudo nbd-client {where} /dev/nbd0 -N {shlex.quote(self.name)}"
+
+
+Line = list[tuple[str, str]]
+"""Texts, each with its style."""
+
+
+def announce(offers: Sequence[Offer]) -> None:
+    """Say it to a person."""
+    lines = [line for offer in offers for line in _describe(offer)]
+    if sys.stdout.isatty():
+        lines.append([("Ctrl-C ends it.", "dim")])
+        _write_colours(lines)
+    else:
+        _write("".join("".join(text for text, _ in line) + "\n" for line in lines))
+
+
+def _describe(offer: Offer) -> Iterator[Line]:
+    how = "writable" if offer.writable else "read-only"
+    yield [(offer.image, "bold"), (f": {format_size(offer.size)}, {how}, at", "")]
+    for uri in offer.uris:
+        yield [("  ", ""), (uri, "bold green")]
+    for label, command in offer.clients():
+        yield [(f"  {label + ':':<{LABEL_WIDTH}} ", "dim"), (command, "")]
+
+
+def _write_colours(lines: Sequence[Line]) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    with contextlib.suppress(OSError):
+        for line in lines:
+            # Never wrapped: what is pasted must be one line.
+            console.print(Text.assemble(*line), soft_wrap=True)
+
+
+def write_uris(offers: Sequence[Offer]) -> None:
+    """Say it to a shell."""
+    _write("".join(f"{uri}\n" for offer in offers for uri in offer.uris))
+
+
+def write_json(offers: Sequence[Offer], qmp: str | None) -> None:
+    """Say it to a program."""
+    exports = [
+        {"name": o.name, "image": o.image, "size": o.size, "writable": o.writable, "uris": o.uris} for o in offers
+    ]
+    _write(json.dumps({"pid": os.getpid(), "qmp": qmp and os.path.abspath(qmp), "exports": exports}) + "\n")
+
+
+def _write(text: str) -> None:
+    with contextlib.suppress(OSError):
+        sys.stdout.write(text)
+        sys.stdout.flush()

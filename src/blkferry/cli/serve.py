@@ -1,0 +1,190 @@
+"""`blkferry serve`: from images and an address to a daemon that serves them, and what is said about it.
+
+Standard output carries what was asked for (where the exports are), standard error everything else.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import shlex
+import socket
+import sys
+from collections import Counter
+from dataclasses import dataclass
+
+from blkferry.cli.ready import Offer, announce, write_json, write_uris
+from blkferry.daemon import images
+from blkferry.daemon.commands.char import chardev_add
+from blkferry.daemon.daemon import Daemon
+from blkferry.daemon.listener import Listener
+from blkferry.daemon.run import run
+from blkferry.errors import Error, ErrorKind
+from blkferry.schema.char import ChardevAdd, ChardevSocket
+from blkferry.schema.control import MonitorOptions
+from blkferry.schema.export import BlockExportOptionsNbd
+from blkferry.schema.sockets import SocketAddress, SocketAddressInet, SocketAddressUnix
+from blkferry.wire.nbd.uri import DEFAULT_PORT
+
+QMP = "qmp"
+_EVERYWHERE = frozenset({"", "::", "0.0.0.0"})
+_HERE = ("127.", "::1", "localhost")
+
+
+class Speech(enum.Enum):
+    """How to say where the exports are."""
+
+    PROSE = enum.auto()
+    URIS = enum.auto()
+    JSON = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What was asked for. `port` is None for the registered one; `names` is empty or has one per image."""
+
+    images: tuple[str, ...]
+    names: tuple[str, ...]
+    writable: bool
+    image_format: str | None
+    direct: bool
+    discard: bool
+    description: str | None
+    socket: str | None
+    host: str
+    port: int | None
+    max_connections: int
+    qmp: str | None
+
+    def address(self) -> SocketAddress:
+        if self.socket is not None:
+            return SocketAddressUnix(path=self.socket)
+        return SocketAddressInet(host=self.host, port=str(DEFAULT_PORT if self.port is None else self.port))
+
+
+def serve_images(request: Request, speech: Speech) -> None:
+    """Serve until a signal comes. Raises Error, with nothing left behind."""
+    names = request.names or default_names(request.images)
+    offers: list[Offer] = []
+
+    async def fill(daemon: Daemon) -> None:
+        offers.extend(await _offer(daemon, request, names))
+
+    def ready(daemon: Daemon) -> None:
+        del daemon
+        match speech:
+            case Speech.JSON:
+                write_json(offers, request.qmp)
+            case Speech.URIS:
+                write_uris(offers)
+            case Speech.PROSE:
+                announce(offers)
+                _caution(request)
+
+    talkative = speech is Speech.PROSE and sys.stderr.isatty()
+
+    def ending(daemon: Daemon) -> None:
+        server = daemon.nbd_server
+        if talkative and server is not None and any(export.clients for export in server.exports):
+            sys.stderr.write("\nAnswering what clients still wait for; Ctrl-C again cuts them off.\n")
+
+    run(fill, on_ready=ready, on_end=ending)
+    if talkative:
+        sys.stderr.write("\rStopped; what clients have written is in the image.\n")
+
+
+def default_names(given: tuple[str, ...]) -> tuple[str, ...]:
+    """The name of each image's export. Raises Error(EXISTS) when two have the same."""
+    names = tuple("memory" if each.startswith(images.MEMORY) else os.path.basename(each.rstrip("/")) for each in given)
+    name, count = Counter(names).most_common(1)[0]
+    if count > 1:
+        raise Error(
+            ErrorKind.EXISTS,
+            f"{count} images would be exported as '{name}'",
+            hint=f"Name them: --name for each of the {len(given)} images, in their order.",
+        )
+    return names
+
+
+async def _offer(daemon: Daemon, request: Request, names: tuple[str, ...]) -> list[Offer]:
+    nodes = [await _open(daemon, request, number, image) for number, image in enumerate(request.images)]
+    listener = await _listen(daemon, request)
+    addresses = tuple(dict.fromkeys(map(_as_clients_see, listener.addresses)))
+    offers = []
+    for image, node, name in zip(request.images, nodes, names, strict=True):
+        writable = not daemon.graph.find(node).read_only
+        await _export(daemon, image, node, name, request.description, writable=writable)
+        size = daemon.graph.find(node).length
+        offers.append(Offer(name, image, size, writable, addresses))
+    if request.qmp is not None:
+        backend = ChardevSocket(addr=SocketAddressUnix(path=request.qmp))
+        await chardev_add(daemon, ChardevAdd(id=QMP, backend=backend))
+        await daemon.add_monitor(MonitorOptions(chardev=QMP))
+    return offers
+
+
+async def _open(daemon: Daemon, request: Request, number: int, image: str) -> str:
+    """Open an image as a node and return its name."""
+    in_memory = image.startswith(images.MEMORY)
+    options = images.options_for(
+        image,
+        f"disk{number}",
+        writable=request.writable or in_memory,
+        image_format=request.image_format,
+        direct=request.direct,
+        discard=request.discard,
+    )
+    try:
+        node = await daemon.graph.add(options)
+    except Error as error:
+        if error.kind is not ErrorKind.DENIED or not request.writable:
+            raise
+        hint = "Leave out --writable if it is only to be read, or get the right to write to it."
+        raise Error(error.kind, error.message, hint=hint) from error
+    if not node.length:
+        hint = "Like memory:1G." if in_memory else f"Give it a size first: truncate -s 1G {shlex.quote(image)}"
+        raise Error(ErrorKind.INVALID_ARGUMENT, f"'{image}' is empty: there is nothing to serve", hint=hint)
+    return node.name
+
+
+async def _listen(daemon: Daemon, request: Request) -> Listener:
+    address = request.address()
+    try:
+        return await daemon.start_nbd_server(address, max_connections=request.max_connections)
+    except Error as error:
+        if error.kind is ErrorKind.BUSY and isinstance(address, SocketAddressInet):
+            raise Error(
+                ErrorKind.BUSY,
+                f"Port {address.port} of {address.host or 'this machine'} is taken",
+                hint="Say --port 0 for any free port, or --socket PATH for a unix socket.",
+            ) from error
+        raise
+
+
+async def _export(daemon: Daemon, image: str, node: str, name: str, description: str | None, *, writable: bool) -> None:
+    options = BlockExportOptionsNbd(id=node, node_name=node, name=name, writable=writable, description=description)
+    try:
+        await daemon.exports.add(options)
+    except Error as error:
+        if image in error.message:
+            raise
+        # Somebody else has the image: the locks do not know what we call it.
+        hint = "Stop it first, or serve a copy of the image." if error.kind is ErrorKind.BUSY else error.hint
+        raise Error(error.kind, f"Cannot serve '{image}': {error.message}", hint=hint) from error
+
+
+def _as_clients_see(address: SocketAddress) -> SocketAddress:
+    """All addresses of this machine at once are called by its name."""
+    if isinstance(address, SocketAddressInet) and address.host in _EVERYWHERE:
+        return SocketAddressInet(host=socket.gethostname(), port=address.port)
+    return address
+
+
+def _caution(request: Request) -> None:
+    if request.socket is None and not request.host.startswith(_HERE):
+        may = "read and write" if request.writable else "read"
+        _warn(f"anybody who reaches this port may {may} these images: nothing is encrypted or asks for a password")
+
+
+def _warn(text: str) -> None:
+    sys.stderr.write(f"blkferry: {text}\n")

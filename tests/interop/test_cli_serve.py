@@ -1,0 +1,281 @@
+"""`blkferry serve` as a process: ready line, clients, signals, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import socket
+import time
+
+import pytest
+from cli_process import finish, running, wait_for
+
+from blkferry.testing.nbd import Client, ConnectionEnded
+from blkferry.wire.nbd.constants import Cmd, Mode
+from peers import requires, run
+
+MIB = 1 << 20
+
+
+def serve(*argv, cwd=None):
+    return running("blkferry", "serve", *argv, cwd=cwd)
+
+
+def test_serves_until_sigterm_and_leaves_nothing(image, sockets):
+    disk = image(4 * MIB)
+    path = sockets / "nbd"
+    with serve("--socket", path, disk.path) as server:
+        assert server.line() == f"{disk.path}: 4 MiB, read-only, at\n"
+        with Client.connect(str(path), "disk.raw") as client:
+            assert client.read(0, 4096) == disk.expect(0, 4096)
+            with pytest.raises(PermissionError):
+                client.write(0, bytes(512))
+        assert server.line() == f"  nbd+unix:///disk.raw?socket={path}\n"
+        code, _, complaints = server.end()
+    assert (code, complaints) == (0, "")
+    assert os.listdir(sockets) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_every_signal_that_ends_it_ends_it_well(image, sockets, number):
+    with serve("-q", "-s", sockets / "nbd", image().path) as server:
+        server.line()
+        assert server.end(number) == (0, "", "")
+    assert os.listdir(sockets) == []
+
+
+def test_json_names_the_port_that_was_found(image):
+    disk = image(MIB)
+    with serve("--json", "--port", "0", "-n", "x y", disk.path) as server:
+        ready = json.loads(server.line())
+        assert ready["pid"] == server.pid
+        (export,) = ready["exports"]
+        assert (export["name"], export["image"], export["size"], export["writable"]) == (
+            "x y",
+            str(disk.path),
+            MIB,
+            False,
+        )
+        (uri,) = export["uris"]
+        port = int(uri.removeprefix("nbd://127.0.0.1:").removesuffix("/x%20y"))
+        with Client.connect(("127.0.0.1", port), "x y") as client:
+            assert client.read(MIB - 512, 512) == disk.expect(MIB - 512, 512)
+        assert server.end() == (0, "", "")
+
+
+def test_what_was_written_is_in_the_image(image, sockets):
+    disk = image(MIB, [])
+    with serve("-w", "-q", "-s", sockets / "nbd", disk.path) as server:
+        server.line()
+        with Client.connect(str(sockets / "nbd"), "disk.raw") as client:
+            client.write(4096, b"x" * 4096)
+            client.trim(0, 4096)
+        assert server.end()[0] == 0
+    assert disk.path.read_bytes()[4096:8192] == b"x" * 4096
+
+
+def test_memory_disks_and_several_images(image, sockets):
+    disk = image(MIB)
+    with serve("-q", "-s", "nbd", disk.path, "memory:64k", cwd=sockets) as server:
+        assert [server.line(), server.line()] == [
+            f"nbd+unix:///{name}?socket={sockets}/nbd\n" for name in ("disk.raw", "memory")
+        ]
+        with Client.connect(str(sockets / "nbd"), "memory") as client:
+            client.write(0, b"scratch")
+            assert (client.size, client.read(0, 8)) == (64 << 10, b"scratch\0")
+        with Client.connect(str(sockets / "nbd"), "disk.raw") as client:
+            assert client.read(0, 512) == disk.expect(0, 512)
+        assert server.end() == (0, "", "")
+
+
+def test_a_second_signal_cuts_off_who_does_not_read(image, sockets):
+    disk = image(64 * MIB, [])
+    with serve("-q", "-s", sockets / "nbd", disk.path) as server:
+        server.line()
+        with Client.connect(str(sockets / "nbd"), "disk.raw", mode=Mode.SIMPLE) as client:
+            for offset in range(0, 64 * MIB, 16 * MIB):
+                client.submit(Cmd.READ, offset, 16 * MIB)
+            client.push()
+            # The first answer has begun, and does not fit into the socket: the daemon waits for us to take it.
+            wait_for(lambda: readable(client.sock))
+            begun = time.monotonic()
+            server.process.send_signal(signal.SIGTERM)
+            wait_for(lambda: refuses(sockets / "nbd"))
+            assert server.process.poll() is None
+            assert server.end() == (0, "", "")
+            assert time.monotonic() - begun < 4  # patience would have been 5 seconds
+            with pytest.raises(ConnectionEnded):
+                client.read(0, 512)
+    assert os.listdir(sockets) == []
+
+
+def readable(sock):
+    try:
+        return sock.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return b""
+
+
+def refuses(path):
+    """Whether the daemon no longer takes clients: the greeting stays out."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(0.2)
+        try:
+            sock.connect(str(path))
+            return not sock.recv(8)
+        except (TimeoutError, ConnectionError, FileNotFoundError):
+            return True
+
+
+def test_a_client_gets_its_answers_before_the_end(image, sockets):
+    disk = image(64 * MIB)
+    with serve("-q", "-s", sockets / "nbd", disk.path) as server:
+        server.line()
+        with Client.connect(str(sockets / "nbd"), "disk.raw") as client:
+            cookies = [client.submit(Cmd.READ, offset, 8 * MIB) for offset in range(0, 64 * MIB, 8 * MIB)]
+            client.push()
+            wait_for(lambda: readable(client.sock))
+            server.process.send_signal(signal.SIGTERM)
+            first = client.wait(cookies[0])
+            assert first.data == disk.expect(0, 8 * MIB)
+        assert server.end()[0] == 0
+
+
+def test_qmp_while_it_serves(image, sockets):
+    with serve("-q", "-s", sockets / "nbd", "--qmp", sockets / "qmp", image().path) as server:
+        server.line()
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(sockets / "qmp"))
+            with sock.makefile("rw") as qmp:
+                assert "QMP" in json.loads(qmp.readline())
+                answers = []
+                for command in ("qmp_capabilities", "query-block-exports", "quit"):
+                    qmp.write(json.dumps({"execute": command}))
+                    qmp.flush()
+                    answers.append(json.loads(qmp.readline())["return"])
+        assert [export["id"] for export in answers[1]] == ["disk0"]
+        assert server.process.wait(10) == 0
+    assert os.listdir(sockets) == []
+
+
+def qcow2(path):
+    path.write_bytes(b"QFI\xfb\0\0\0\3" + bytes(1 << 16))
+
+
+@pytest.mark.parametrize(
+    ("make", "argv", "texts"),
+    [
+        (None, [], ["Could not open 'disk'", "No such file"]),
+        (lambda path: path.mkdir(), [], ["'disk' is a directory"]),
+        (lambda path: path.touch(), [], ["'disk' is empty", "truncate -s 1G disk"]),
+        (os.mkfifo, [], ["neither a regular file nor a block device"]),
+        (qcow2, [], ["qcow2", "format raw"]),
+        (qcow2, ["-f", "qcow2"], ["qcow2", "raw"]),
+        (lambda path: path.write_bytes(bytes(512)), ["--qmp", "nowhere/qmp"], ["nowhere/qmp"]),
+        (lambda path: path.write_bytes(bytes(512)), ["-n", "x" * 4097], ["too long"]),
+    ],
+)
+def test_what_cannot_be_served_is_a_sentence(make, argv, texts, sockets):
+    if make is not None:
+        make(sockets / "disk")
+    said = finish("blkferry", "serve", "-s", "nbd", *argv, "disk", cwd=sockets)
+    assert (said.returncode, said.stdout) == (1, "")
+    for text in texts:
+        assert text in said.stderr
+    assert said.stderr.startswith("blkferry: ")
+    assert "Traceback" not in said.stderr
+    assert os.listdir(sockets) == (["disk"] if make is not None else [])
+
+
+def test_the_bytes_of_a_container_when_asked_for(sockets):
+    qcow2(sockets / "disk")
+    with serve("-q", "-s", "nbd", "-f", "raw", "disk", cwd=sockets) as server:
+        server.line()
+        with Client.connect(str(sockets / "nbd"), "disk") as client:
+            assert client.read(0, 4) == b"QFI\xfb"
+        assert server.end()[0] == 0
+
+
+def test_a_taken_port_names_the_remedy(image):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = finish("blkferry", "serve", "--port", str(port), image().path)
+    assert said.returncode == 1
+    assert said.stderr.startswith(f"blkferry: Port {port} of 127.0.0.1 is taken\n")
+    assert "--port 0" in said.stderr
+
+
+def test_an_image_in_use_names_its_user(image, sockets):
+    disk = image()
+    with serve("-w", "-q", "-s", sockets / "one", disk.path) as server:
+        server.line()
+        said = finish("blkferry", "serve", "-w", "-s", sockets / "two", disk.path)
+        assert said.returncode == 1
+        assert f"(pid {server.pid})" in said.stderr
+        assert str(disk.path) in said.stderr
+        assert os.listdir(sockets) == ["one"]
+        assert server.end()[0] == 0
+
+
+def test_a_socket_in_use_is_left_alone(image, sockets):
+    with serve("-q", "-s", sockets / "nbd", image().path) as server:
+        server.line()
+        said = finish("blkferry", "serve", "-s", sockets / "nbd", "memory:1M")
+        assert said.returncode == 1
+        assert "another process listens there" in said.stderr
+        with Client.connect(str(sockets / "nbd"), "disk.raw"):
+            pass
+        assert server.end()[0] == 0
+
+
+def test_a_reader_that_leaves_does_not_end_it(image, sockets):
+    with serve("-s", sockets / "nbd", image().path) as server:
+        server.process.stdout.close()
+        wait_for((sockets / "nbd").exists)
+        with Client.connect(str(sockets / "nbd"), "disk.raw") as client:
+            assert client.size == MIB
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(10) == 0
+
+
+def test_on_a_terminal_it_has_colours_and_says_goodbye(image, sockets):
+    disk = image()
+    pid, terminal = pty.fork()
+    if pid == 0:
+        from cli_process import program
+
+        os.environ["TERM"] = "xterm"
+        os.environ.pop("NO_COLOR", None)
+        os.execv(program("blkferry"), ["blkferry", "serve", "-s", str(sockets / "nbd"), str(disk.path)])
+    said = b""
+    with open(terminal, "r+b", buffering=0) as screen:
+        while b"Ctrl-C ends it." not in said:
+            said += screen.read(4096)
+        screen.write(b"\x03")
+        try:
+            while chunk := screen.read(4096):
+                said += chunk
+        except OSError:
+            pass  # the terminal of a process that has ended
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert b"\x1b[" in said
+    assert f"nbd+unix:///disk.raw?socket={sockets}/nbd\x1b".encode() in said  # in one piece, to be pasted
+    assert b"Stopped" in said
+    assert os.listdir(sockets) == []
+
+
+@requires("nbdinfo", "nbdcopy", "qemu-img")
+def test_the_lines_to_paste_work(image, sockets, tmp_path):
+    disk = image(4 * MIB, name="my disk,1.raw")
+    with serve("-s", sockets / "nbd", "--description", "a test", disk.path) as server:
+        server.line()
+        uri = server.line().strip()
+        information = json.loads(run("nbdinfo", "--json", uri).stdout)["exports"][0]
+        assert (information["export-name"], information["description"]) == ("my disk,1.raw", "a test")
+        run("nbdcopy", uri, tmp_path / "copy.img")
+        assert (tmp_path / "copy.img").read_bytes() == disk.path.read_bytes()
+        assert json.loads(run("qemu-img", "info", "--output=json", uri).stdout)["virtual-size"] == 4 * MIB
+        assert server.end()[0] == 0

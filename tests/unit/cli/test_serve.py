@@ -1,0 +1,124 @@
+"""The command line of `blkferry`: what is refused before anything happens, and what is said once all is up."""
+
+import shlex
+
+import pytest
+from click.testing import CliRunner
+
+from blkferry.cli import serve as serving
+from blkferry.cli.app import app
+from blkferry.cli.ready import Offer
+from blkferry.cli.serve import default_names
+from blkferry.errors import Error, ErrorKind
+from blkferry.schema.sockets import SocketAddressInet, SocketAddressUnix
+
+
+def invoke(*argv):
+    return CliRunner().invoke(app, argv, prog_name="blkferry")
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What `serve` would serve, and how it would say so."""
+    requests = []
+    monkeypatch.setattr(serving, "serve_images", lambda *asked: requests.append(asked))
+    return requests
+
+
+def test_help_has_examples():
+    said = invoke("--help")
+    assert said.exit_code == 0
+    assert "blkferry serve disk.img" in said.output
+    said = invoke("serve", "-h")
+    assert said.exit_code == 0
+    assert "blkferry serve -w --socket /tmp/nbd.sock disk.img" in said.output
+    assert "\b" not in said.output
+
+
+def test_version():
+    said = invoke("--version")
+    assert said.exit_code == 0
+    assert said.output.startswith("blkferry 0.")
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["srve", "a"], "Did you mean 'serve'?"),
+        (["frobnicate"], "There is: serve."),
+        (["serve"], "Missing argument 'IMAGE...'"),
+        (["serve", "--scoket", "s", "a"], "--socket"),
+        (["serve", "a", "-n", "x", "-n", "y"], "--name is given 2 times for 1 images"),
+        (["serve", "a", "-s", "s", "-p", "1"], "--socket is instead of --host and --port"),
+        (["serve", "a", "-s", "s", "--host", ""], "--socket is instead of --host and --port"),
+        (["serve", "a", "-p", "65536"], "65536 is not in the range"),
+        (["serve", "a", "--max-connections", "-1"], "-1 is not in the range"),
+    ],
+)
+def test_wrong_use(argv, text, asked):
+    said = invoke(*argv)
+    assert said.exit_code == 2
+    assert text in said.output
+    assert not asked
+
+
+def test_defaults(asked):
+    assert invoke("serve", "a.img").exit_code == 0
+    request, speech = asked[0]
+    assert speech is serving.Speech.PROSE
+    assert request.address() == SocketAddressInet(host="127.0.0.1", port="10809")
+    assert (request.writable, request.discard, request.direct, request.image_format) == (False, True, False, None)
+
+
+def test_options_arrive(asked):
+    argv = (
+        "serve -w --json --direct --no-discard -f raw -n x -n y -s sock --description d --max-connections 3 --qmp q a b"
+    )
+    assert invoke(*argv.split()).exit_code == 0
+    request, speech = asked[0]
+    assert speech is serving.Speech.JSON
+    assert request.address() == SocketAddressUnix(path="sock")
+    assert (request.images, request.names) == (("a", "b"), ("x", "y"))
+    assert (request.writable, request.discard, request.direct, request.image_format) == (True, False, True, "raw")
+    assert (request.description, request.max_connections, request.qmp) == ("d", 3, "q")
+
+
+def test_errors_are_sentences(monkeypatch):
+    def refuse(*asked):
+        raise Error(ErrorKind.NOT_FOUND, "It is not there", hint="Look elsewhere.")
+
+    monkeypatch.setattr(serving, "serve_images", refuse)
+    said = invoke("serve", "a")
+    assert (said.exit_code, said.stderr) == (1, "blkferry: It is not there\nLook elsewhere.\n")
+
+
+def test_names_are_those_of_the_files():
+    assert default_names(("/x/a.img", "b", "memory:1G", "/dev/sdb")) == ("a.img", "b", "memory", "sdb")
+
+
+def test_names_that_clash_are_refused():
+    with pytest.raises(Error, match="2 images would be exported as 'a'") as caught:
+        default_names(("x/a", "b", "y/a"))
+    assert caught.value.hint == "Name them: --name for each of the 3 images, in their order."
+
+
+def commands(offer):
+    return {label: shlex.split(line) for label, line in offer.clients()}
+
+
+def test_lines_to_paste_over_tcp():
+    offer = Offer("a.img", "/x/a.img", 1 << 20, False, (SocketAddressInet(host="127.0.0.1", port="10809"),))
+    assert offer.uris == ["nbd://127.0.0.1/a.img"]
+    pasted = commands(offer)
+    assert pasted["copy"] == ["nbdcopy", "nbd://127.0.0.1/a.img", "copy.img"]
+    assert pasted["boot"][-1] == "file=nbd://127.0.0.1/a.img,format=raw,if=virtio,readonly=on"
+    assert pasted["attach"] == ["sudo", "nbd-client", "127.0.0.1", "10809", "/dev/nbd0", "-N", "a.img"]
+
+
+def test_lines_to_paste_survive_the_shell_and_qemu():
+    offer = Offer("a b,c", "a b,c", 1 << 20, True, (SocketAddressUnix(path="/tmp/my sock"),))
+    uri = "nbd+unix:///a%20b%2Cc?socket=/tmp/my%20sock"
+    pasted = commands(offer)
+    assert pasted["inspect"] == ["qemu-img", "info", uri]
+    assert pasted["boot"][-1] == f"file={uri},format=raw,if=virtio"
+    assert pasted["attach"] == ["sudo", "nbd-client", "-unix", "/tmp/my sock", "/dev/nbd0", "-N", "a b,c"]
