@@ -1,0 +1,131 @@
+"""The rows of the comparison: what the client does, to which image, in which state, against whom, with which target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from images import Cache, Image
+from servers import (
+    BLKFERRY,
+    BLKFERRY_THREADS,
+    NBDKIT,
+    NBDKIT_NOCACHE,
+    QSD,
+    QSD_IO_URING,
+    QSD_NATIVE,
+    Server,
+)
+
+EVERYONE = (BLKFERRY, QSD, NBDKIT)
+DIRECT = (QSD, QSD_IO_URING, QSD_NATIVE, NBDKIT_NOCACHE)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What design.md section 5 asks for, as ratios of blkferry to the better peer; None where it asks nothing."""
+
+    cpu: float | None = None  # at most
+    iops: float | None = None  # at least
+
+
+NO_TARGET = Target()
+DEEP = Target(cpu=0.5, iops=1.5)
+SHALLOW = Target(iops=0.9)
+LARGE_READ = Target(cpu=0.4)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One workload. The first server is the one the others are compared with."""
+
+    name: str
+    title: str
+    pattern: str  # fio's rw=
+    block_size: int
+    depth: int
+    connections: int = 1
+    image: Image = Image.RANDOM
+    cache: Cache = Cache.WARM
+    direct: bool = False
+    iothread: bool = False
+    servers: tuple[Server, ...] = EVERYONE
+    target: Target = NO_TARGET
+    most_bytes: int | None = None  # a run over a cold cache ends before it has warmed much of it
+    note: str = ""
+
+    @property
+    def is_write(self) -> bool:
+        return self.pattern in {"write", "randwrite"}
+
+
+K4 = 4 << 10
+K256 = 256 << 10
+ROWS = (
+    Row("read-4k-qd32", "4 KiB random read, QD 32, page cache", "randread", K4, 32, target=DEEP),
+    Row("read-4k-qd1", "4 KiB random read, QD 1, page cache", "randread", K4, 1, target=SHALLOW),
+    Row("read-4k-4x16", "4 KiB random read, 4 connections x QD 16, page cache", "randread", K4, 16, connections=4),
+    Row("read-256k-qd8", "256 KiB sequential read, QD 8, page cache", "read", K256, 8, target=LARGE_READ),
+    Row("write-4k-qd32", "4 KiB random write, QD 32, page cache", "randwrite", K4, 32, target=DEEP),
+    Row("write-256k-qd8", "256 KiB sequential write, QD 8, page cache", "write", K256, 8),
+    Row(
+        "direct-4k-qd32",
+        "4 KiB random read, QD 32, O_DIRECT",
+        "randread",
+        K4,
+        32,
+        cache=Cache.COLD,
+        direct=True,
+        servers=(BLKFERRY, *DIRECT),
+        target=DEEP,
+    ),
+    Row(
+        "direct-4k-qd32-threads",
+        "4 KiB random read, QD 32, O_DIRECT, io_uring refused to blkferry",
+        "randread",
+        K4,
+        32,
+        cache=Cache.COLD,
+        direct=True,
+        servers=(BLKFERRY_THREADS, *DIRECT),
+        note="What the worker pool costs where a container's filter refuses io_uring; the peers are not restricted.",
+    ),
+    Row(
+        "cold-4k-qd32",
+        "4 KiB random read, QD 32, page cache dropped before",
+        "randread",
+        K4,
+        32,
+        cache=Cache.COLD,
+        target=DEEP,
+        most_bytes=128 << 20,
+        note="At most an eighth of the image is read, each block once, so that nearly all reads reach the disk.",
+    ),
+    Row(
+        "sparse-256k-qd8",
+        "256 KiB sequential read, QD 8, holes and data in turns of 64 KiB",
+        "read",
+        K256,
+        8,
+        image=Image.STRIPED,
+        target=LARGE_READ,
+    ),
+    Row(
+        "hole-256k-qd8",
+        "256 KiB sequential read, QD 8, nothing but a hole",
+        "read",
+        K256,
+        8,
+        image=Image.HOLE,
+        target=LARGE_READ,
+    ),
+    Row(
+        "iothread-4k-qd32",
+        "4 KiB random read, QD 32, page cache, in an iothread",
+        "randread",
+        K4,
+        32,
+        iothread=True,
+        target=DEEP,
+        note="nbdkit knows no iothreads and runs as ever.",
+    ),
+)
