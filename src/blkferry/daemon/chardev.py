@@ -123,10 +123,9 @@ class Channel:
             return
         self._inbox += data
         self._arrived.set()
-        if len(self._inbox) >= READ_AHEAD:
-            self._unwatch_reader()
-        else:
-            self._watch_reader()
+        self._unwatch_reader()
+        if len(self._inbox) < READ_AHEAD:
+            self._watch_reader()  # anew: see plane.loops.ended_unseen
 
     def _flush(self) -> None:
         try:

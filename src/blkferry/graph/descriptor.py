@@ -71,9 +71,6 @@ class DescriptorNode(Node):
     async def _fallocate(self, mode: int, start: int, length: int) -> bool:
         """Whether it was done; False where the file system does not know this mode."""
         storage = self.storage
-        length = min(start + length, storage.size) - start  # an odd tail reads as zeroes beyond the end anyway
-        if length <= 0:
-            return True
         async with storage.exclusive(start, start + length):
             try:
                 await storage.afallocate(mode, start, length)

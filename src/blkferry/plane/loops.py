@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
@@ -13,3 +14,12 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
         return asyncio.new_event_loop()
     loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
     return loop
+
+
+def ended_unseen(sock: socket.socket) -> bool:
+    """Whether the peer is gone, although there may be bytes left to read.
+
+    When a unix peer closes with our bytes unread, uvloop calls the reader once and never again, even if there were data
+    before the end. A reader that answers finds out by sending; one that has nothing to say yet must ask.
+    """
+    return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))

@@ -27,6 +27,12 @@ SCRATCH_IN = 256 << 10
 SCRATCH_OUT = 1 << 20
 """Reply scratch, shared likewise: one turn's replies are built here and sent at once."""
 
+SLOT_UNIT = 4096
+"""Reads of multiples of this are common; there are few of them below the size that goes by sendfile."""
+
+MAX_SLOTS = 512
+"""Pieces kept of each length: more than fit side by side into the scratch memory, whatever is in front of them."""
+
 BUFFER_LIMIT = 512 << 20
 """Memory for requests in flight on one loop; beyond it connections wait instead of the machine swapping."""
 
@@ -43,6 +49,8 @@ class Services:
         self.cache = CacheStat()
         self.scratch_in = memoryview(bytearray(SCRATCH_IN))
         self.scratch_out = bytearray(SCRATCH_OUT)
+        self.scratch_view = memoryview(self.scratch_out)
+        self._slots: dict[int, dict[int, tuple[memoryview]]] = {}
         self._after: list[Callable[[], None]] = []
         self._threads: Workers | None = None
         self.engine: Engine = self._choose(engine)
@@ -77,6 +85,18 @@ class Services:
             callbacks, self._after = self._after, []
             for callback in callbacks:
                 callback()
+
+    def read_slots(self, length: int) -> dict[int, tuple[memoryview]]:
+        """Pieces of `length` bytes of the reply scratch, by where they start; the caller adds what is missing.
+
+        Making such a piece takes as long as half a read, so those of common lengths are kept.
+        """
+        slots = self._slots.get(length)
+        if slots is None:
+            slots = {}
+            if length % SLOT_UNIT == 0:
+                self._slots[length] = slots
+        return slots
 
     async def run(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Await `work` on this loop, from whichever loop the caller runs on."""

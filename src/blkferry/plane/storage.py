@@ -22,6 +22,7 @@ from blkferry.plane.buffers import Buffer
 from blkferry.plane.drain import InFlight, RangeLock
 from blkferry.plane.engine import Done, Engine
 from blkferry.plane.services import Services
+from blkferry.units import SECTOR, align_up
 
 _TMPFS_MAGIC = 0x01021994
 _MEMORY_FILESYSTEMS = frozenset({_TMPFS_MAGIC, 0x858458F6})  # tmpfs (memfd too) and ramfs
@@ -50,7 +51,8 @@ class Storage:
         self.direct = direct
         self._threads = threads
         self.no_flush = False
-        self.dirty = 0  # counts changes that reached the kernel
+        # Counts changes that reached the kernel. Not 0: whoever had the file before us may have left some unflushed.
+        self.dirty = 1
         self._flushed = 0
         self._flush_error = 0
         self.in_flight = InFlight()
@@ -114,7 +116,11 @@ class Storage:
                 hole = os.lseek(self.fd, data, os.SEEK_HOLE)
             except OSError as error:
                 if error.errno == errno.ENXIO:  # nothing but a hole up to the end of the file
-                    runs.append((end - offset, False))
+                    stop = min(max(align_up(self.refresh_size(), SECTOR), offset), end)
+                    if stop > offset:
+                        runs.append((stop - offset, False))
+                    if end > stop:  # somebody cut the file off: only a read can say what that means
+                        runs.append((end - stop, True))
                 else:  # the file system cannot tell
                     runs.append((end - offset, True))
                 break

@@ -83,7 +83,7 @@ class Workers:
                 entry = None
             with self._lock:
                 self._idle -= 1
-                if entry is None and self._jobs.empty():
+                if entry is None and (not self._limit or self._jobs.empty()):
                     self._threads -= 1
                     return
             if entry is None:

@@ -91,7 +91,7 @@ class NbdExport(Export):
 
     def retired(self) -> None:
         """The node says that earlier lookups are void."""
-        for client in self.clients:
+        for client in list(self.clients):
             client.invalidate()
 
     def admit(self, sock: socket.socket, negotiated: Negotiated, leftover: bytes, peer: str) -> None:
@@ -113,7 +113,7 @@ class NbdExport(Export):
         for client in clients:
             client.end()
         for client in clients:
-            await client.finished()
+            await client.ended()
 
     async def stop(self) -> None:
         clients = list(self.clients)

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from blkferry.errors import Error, ErrorKind
+from blkferry.plane.loops import ended_unseen
 from blkferry.wire.nbd.handshake import ExportInfo, Handshake, State
 
 if TYPE_CHECKING:
@@ -62,7 +63,9 @@ class NbdServer:
         return None if export is None else export.info
 
     def add(self, export: NbdExport) -> None:
-        """Offer an export under its name. Raises Error(EXISTS)."""
+        """Offer an export under its name. Raises Error(EXISTS), Error(NOT_FOUND) while the server is being stopped."""
+        if self._closed:
+            raise Error(ErrorKind.NOT_FOUND, "NBD server not running", hint="It is being stopped.")
         if export.name in self._exports:
             raise Error(
                 ErrorKind.EXISTS, f"NBD server already has export named '{export.name}'", hint="Give it another name."
@@ -122,6 +125,9 @@ class NbdServer:
 
     def negotiation_ended(self, negotiation: _Negotiation) -> None:
         self._negotiating.pop(negotiation, None)
+
+    def is_negotiating(self, negotiation: _Negotiation) -> bool:
+        return negotiation in self._negotiating
 
     def connection_closed(self) -> None:
         """One connection less."""
@@ -184,6 +190,8 @@ class _Negotiation:
             return
         self._machine.receive(data)
         self._send()
+        if self._server.is_negotiating(self) and ended_unseen(self._sock):
+            self.close("")
 
     def _send(self) -> None:
         """Send what there is to send; read again, or go on to transmission, when all of it is gone."""

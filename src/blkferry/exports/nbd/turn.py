@@ -1,0 +1,153 @@
+"""The hot loop: every whole request of one recv, executed in order, answered with one send (rules R2 and R3).
+
+This is the only module written for speed alone. It handles the two commonest requests, reads that cannot sleep and
+buffered writes without flags, in straight lines, and hands everything else to `requests.dispatch`. Headers are compared
+eight bytes at a time: magic, flags and type of a request, and of a reply, are one number each.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING
+
+from blkferry.exports.nbd import requests
+from blkferry.plane.services import MAX_SLOTS, SCRATCH_OUT
+from blkferry.wire.nbd import codec
+from blkferry.wire.nbd import transmission as wire
+from blkferry.wire.nbd.constants import Mode
+
+if TYPE_CHECKING:
+    from blkferry.exports.nbd.client import NbdClient
+
+SENDFILE_FROM = 32 << 10
+"""Reads of at least this many bytes are sent from the page cache; below it one copy is cheaper than two more calls."""
+
+TURN_BYTES = 8 << 20
+"""What one client may read in a turn, so that it does not starve the others of its loop."""
+
+STALL_SECONDS = 0.005
+"""A turn with inline writes that takes longer was throttled by the kernel: writes then go by the engine for a while."""
+
+STALL_PENALTY_SECONDS = 1.0
+
+ZEROES = memoryview(bytes(SENDFILE_FROM))
+
+
+def serve(client: NbdClient, data: memoryview, end: int) -> None:
+    """Execute every whole request in data[:end], and leave the rest in the client's stash."""
+    services = client.services
+    out, view = services.scratch_out, services.scratch_view
+    slots: dict[int, tuple[memoryview]] = {}
+    slot_length = 0
+    shortcut = client.shortcut()
+    read_end = write_end = delta = inline_flags = 0
+    fd = -1
+    if shortcut is not None:
+        storage = shortcut.storage
+        fd, delta = storage.fd, shortcut.offset
+        if storage.inline_read_flags is not None:
+            inline_flags, read_end = storage.inline_read_flags, shortcut.end
+        if shortcut.write_end and not storage.direct and not client.root.writethrough:
+            started = time.monotonic()
+            if started >= storage.inline_writes_from:
+                write_end = shortcut.write_end
+    mode = client.mode
+    simple, structured = mode is Mode.SIMPLE, mode is Mode.STRUCTURED
+    read_head, read_df_head, write_head, unpack, header, data_prefix, pack_data, data_header = codec.FAST[mode]
+    preadv, pwritev = os.preadv, os.pwritev
+    wrote = False
+    pos = filled = 0
+    budget = TURN_BYTES
+    while end - pos >= header:
+        head, cookie, offset, length = unpack(data, pos)
+        is_read = head == read_head or head == read_df_head  # noqa: PLR1714 - a set costs twice as much
+        if is_read and offset + length <= read_end and 0 < length < SENDFILE_FROM:
+            start = filled + data_header
+            if start + length > SCRATCH_OUT:
+                client.outbox.send(view[:filled])
+                budget -= filled
+                filled = 0
+                if budget <= 0 or client.outbox.blocked:
+                    break
+                start = data_header
+            if length != slot_length:
+                slots, slot_length = services.read_slots(length), length
+            slot = slots.get(start)
+            if slot is None:
+                slot = (view[start : start + length],)
+                if len(slots) < MAX_SLOTS:  # clients of odd lengths could have us keep one for every byte
+                    slots[start] = slot
+            try:
+                count = preadv(fd, slot, offset + delta, inline_flags)
+            except BlockingIOError:
+                count = -1
+            except OSError as error:
+                pos += header
+                filled = _append(
+                    client, filled, requests.failed(client, codec.request(head, cookie, offset, length), error)
+                )
+                continue
+            if count == length:
+                pos += header
+                if simple:
+                    pack_data(out, filled, data_prefix, cookie)
+                elif not out[start] and head == read_head and out.startswith(ZEROES[:length], start):
+                    request = codec.request(head, cookie, offset, length)
+                    filled = _append(client, filled, wire.hole_chunk(mode, request, offset, length, done=True))
+                    continue
+                elif structured:
+                    pack_data(out, filled, data_prefix, cookie, length + 8, offset)
+                else:
+                    pack_data(out, filled, data_prefix, cookie, offset, length + 8, offset)
+                filled = start + length
+                continue
+        elif head == write_head and offset + length <= write_end and 0 < length <= end - pos - header:
+            pos += header
+            wrote = True
+            storage.dirty += 1  # at once: a flush may follow in this very turn
+            try:
+                count = pwritev(fd, (data[pos : pos + length],), offset + delta)
+                while count < length:
+                    count += pwritev(fd, (data[pos + count : pos + length],), offset + delta + count)
+            except OSError as error:
+                reply = requests.failed(client, codec.request(head, cookie, offset, length), error)
+            else:
+                reply = codec.write_reply(mode, cookie, offset)
+            pos += length
+            filled = _append(client, filled, reply)
+            continue
+        # Everything that is not the common case leaves the straight line here.
+        if filled:
+            client.outbox.send(view[:filled], more=length >= SENDFILE_FROM)
+            filled = 0
+        if client.must_wait() or budget <= 0:
+            break
+        request = codec.request(head, cookie, offset, length)
+        if not codec.is_request(mode, head):
+            client.lost_step(head, request)
+            return
+        budget -= length
+        pos = requests.dispatch(client, data, pos + header, end, request)
+        if client.closed or client.ending:
+            return
+        if client.payload is not None:
+            break
+    if filled:
+        client.outbox.send(view[:filled])
+    if wrote:
+        now = time.monotonic()
+        if now - started > STALL_SECONDS:
+            storage.inline_writes_from = now + STALL_PENALTY_SECONDS
+    client.turn_over(data[pos:end], more=end - pos >= header)
+
+
+def _append(client: NbdClient, filled: int, reply: bytes) -> int:
+    """Add a finished reply to the scratch memory, sending what is there if it is full."""
+    end = filled + len(reply)
+    view = client.services.scratch_view
+    if end > SCRATCH_OUT:
+        client.outbox.send(view[:filled])
+        filled, end = 0, len(reply)
+    view[filled:end] = reply
+    return end
