@@ -124,6 +124,9 @@ class Storage:
                 else:  # the file system cannot tell
                     runs.append((end - offset, True))
                 break
+            if hole <= data:  # it was punched between the two questions; to call what is left data is always right
+                runs.append((end - offset, True))
+                break
             self._known_data = (data, hole)
             if data > offset:
                 stop = min(data, end)

@@ -27,6 +27,7 @@ from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from blkferry.exports.nbd import slow, turn
+from blkferry.exports.nbd.limits import MAX_IN_FLIGHT, MAX_IN_FLIGHT_BYTES
 from blkferry.exports.nbd.requests import Payload, with_whole_payload
 from blkferry.exports.nbd.shortcut import Shortcut, find
 from blkferry.plane.buffers import Buffer
@@ -41,12 +42,6 @@ if TYPE_CHECKING:
     from blkferry.exports.nbd.export import NbdExport
 
 log = logging.getLogger(__name__)
-
-MAX_IN_FLIGHT = 256
-"""Requests of one client that may wait for the engine or a task."""
-
-MAX_IN_FLIGHT_BYTES = 64 << 20
-"""Their payload: two of the largest requests."""
 
 
 class NbdClient:
@@ -274,8 +269,11 @@ class NbdClient:
             self._look_again()
             return
         self.payload = None
+        if payload.buffer is None:  # it was refused when it began: there is nothing to answer now
+            self._look_again()
+            return
         with_whole_payload(self, payload)
-        self.services.engine.kick()
+        self.turn_over(memoryview(b""), more=False)
 
     def turn_over(self, rest: memoryview, *, more: bool) -> None:
         """A turn has ended: `rest` is what it did not get to, `more` says that there are whole requests in it."""

@@ -10,7 +10,8 @@ import os
 import time
 from typing import TYPE_CHECKING
 
-from blkferry.exports.nbd import slow, turn
+from blkferry.exports.nbd import slow
+from blkferry.exports.nbd.limits import MAX_READ_PIECES, SENDFILE_FROM, STALL_PENALTY_SECONDS, STALL_SECONDS, ZEROES
 from blkferry.plane.buffers import Buffer
 from blkferry.plane.storage import Storage
 from blkferry.wire.nbd import transmission as wire
@@ -123,8 +124,8 @@ def _write(client: NbdClient, request: wire.Request, buffer: Buffer) -> None:
     now = time.monotonic()
     if not fua and not storage.direct and now >= storage.inline_writes_from:
         _write_inline(client, storage, request, buffer, place)
-        if time.monotonic() - now > turn.STALL_SECONDS:
-            storage.inline_writes_from = now + turn.STALL_PENALTY_SECONDS
+        if time.monotonic() - now > STALL_SECONDS:
+            storage.inline_writes_from = now + STALL_PENALTY_SECONDS
         return
     if storage.alignment > 1 and ((place | length) % storage.alignment or not storage.write_shortcut):
         client.spawn(slow.write(client, request, buffer), length)
@@ -168,7 +169,7 @@ def _read(client: NbdClient, request: wire.Request) -> None:
     if storage.direct and (place | length) % storage.alignment:
         client.spawn(slow.execute(client, request), length)
         return
-    if not storage.direct and length >= turn.SENDFILE_FROM and _send_cached(client, storage, request, place):
+    if not storage.direct and length >= SENDFILE_FROM and _send_cached(client, storage, request, place):
         return
     buffer = client.services.buffers.acquire(length)
     client.begin(length)
@@ -196,7 +197,7 @@ def _send_cached(client: NbdClient, storage: Storage, request: wire.Request, pla
     pieces = [(length, True)]
     sparse = client.mode != Mode.SIMPLE and not request.flags & CmdFlag.DF
     if sparse and storage.seek_inline and not storage.known_data(place, length):
-        pieces = storage.allocation(place, length, slow.MAX_READ_PIECES)
+        pieces = storage.allocation(place, length, MAX_READ_PIECES)
         if sum(piece for piece, _ in pieces) < length:
             return False  # too fragmented to be worth it: one chunk of data is
     if not storage.in_memory:
@@ -222,14 +223,14 @@ def _send_cached(client: NbdClient, storage: Storage, request: wire.Request, pla
 def _answer_read(client: NbdClient, request: wire.Request, buffer: Buffer) -> None:
     """Queue the bytes in `buffer` as the whole answer; small ones are copied so that the buffer is free at once."""
     length = request.length
-    if length >= turn.SENDFILE_FROM:
+    if length >= SENDFILE_FROM:
         client.queue(wire.data_header(client.mode, request, request.offset, length, done=True))
         client.queue(buffer.view[:length], buffer)
         return
     payload = buffer.view[:length].tobytes()
     buffer.release()
     sparse = client.mode != Mode.SIMPLE and not request.flags & CmdFlag.DF
-    if sparse and not payload[0] and payload == turn.ZEROES[:length]:
+    if sparse and not payload[0] and payload == ZEROES[:length]:
         client.queue(wire.hole_chunk(client.mode, request, request.offset, length, done=True))
     else:
         client.queue(wire.data_header(client.mode, request, request.offset, length, done=True) + payload)

@@ -11,6 +11,7 @@ from collections.abc import Awaitable
 from typing import TYPE_CHECKING
 
 from blkferry.errors import Error
+from blkferry.exports.nbd.limits import MAX_READ_PIECES
 from blkferry.extent import Status
 from blkferry.plane.buffers import Buffer
 from blkferry.wire.nbd import transmission as wire
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     from blkferry.exports.nbd.client import NbdClient
 
 log = logging.getLogger(__name__)
-
-MAX_READ_PIECES = 64
-"""Chunks of one sparse read; a read that is more fragmented comes as one chunk of data."""
 
 _DOING = {
     Cmd.READ: "reading from file failed",

@@ -12,6 +12,7 @@ import time
 from typing import TYPE_CHECKING
 
 from blkferry.exports.nbd import requests
+from blkferry.exports.nbd.limits import SENDFILE_FROM, STALL_PENALTY_SECONDS, STALL_SECONDS, TURN_BYTES, ZEROES
 from blkferry.plane.services import MAX_SLOTS, SCRATCH_OUT
 from blkferry.wire.nbd import codec
 from blkferry.wire.nbd import transmission as wire
@@ -19,19 +20,6 @@ from blkferry.wire.nbd.constants import Mode
 
 if TYPE_CHECKING:
     from blkferry.exports.nbd.client import NbdClient
-
-SENDFILE_FROM = 32 << 10
-"""Reads of at least this many bytes are sent from the page cache; below it one copy is cheaper than two more calls."""
-
-TURN_BYTES = 8 << 20
-"""What one client may read in a turn, so that it does not starve the others of its loop."""
-
-STALL_SECONDS = 0.005
-"""A turn with inline writes that takes longer was throttled by the kernel: writes then go by the engine for a while."""
-
-STALL_PENALTY_SECONDS = 1.0
-
-ZEROES = memoryview(bytes(SENDFILE_FROM))
 
 
 def serve(client: NbdClient, data: memoryview, end: int) -> None:

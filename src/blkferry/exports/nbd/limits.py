@@ -1,0 +1,25 @@
+"""What one client may ask of a turn and hold of the daemon, and where one way of serving it gives way to another."""
+
+from __future__ import annotations
+
+SENDFILE_FROM = 32 << 10
+"""Reads of at least this many bytes are sent from the page cache; below it one copy is cheaper than two more calls."""
+
+TURN_BYTES = 8 << 20
+"""What one client may read in a turn, so that it does not starve the others of its loop."""
+
+STALL_SECONDS = 0.005
+"""A turn with inline writes that takes longer was throttled by the kernel: writes then go by the engine for a while."""
+
+STALL_PENALTY_SECONDS = 1.0
+
+ZEROES = memoryview(bytes(SENDFILE_FROM))
+
+MAX_IN_FLIGHT = 256
+"""Requests of one client that may wait for the engine or a task."""
+
+MAX_IN_FLIGHT_BYTES = 64 << 20
+"""Their payload: two of the largest requests."""
+
+MAX_READ_PIECES = 64
+"""Chunks of one sparse read; a read that is more fragmented comes as one chunk of data."""
