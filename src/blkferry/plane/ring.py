@@ -156,6 +156,9 @@ class Ring:
             return
         if self._queued == self._sq_entries:
             self._enter()
+            if self._queued == self._sq_entries:  # the kernel takes none now, and none may be overwritten
+                self._waiting.append(operation)
+                return
         tag = self._next_tag
         self._next_tag = tag + 1
         self._flight[tag] = operation
@@ -216,7 +219,7 @@ class Ring:
             self._head = (self._head + 1) & 0xFFFFFFFF
             words[self._cq_head_word] = self._head
             self._complete(self._flight.pop(tag), result)
-        while self._waiting and len(self._flight) < self._flight_limit:
+        for _ in range(min(len(self._waiting), self._flight_limit - len(self._flight))):
             self._push(self._waiting.popleft())
         if self._queued and not self._kick_scheduled:
             self._kick_scheduled = True

@@ -67,7 +67,7 @@ class Workers:
     def _push(self, job: Callable[[], int], done: Done) -> None:
         self._jobs.put((job, done))
         with self._lock:
-            start = self._idle == 0 and self._threads < self._limit
+            start = self._jobs.qsize() > self._idle and self._threads < self._limit
             if start:
                 self._threads += 1
         if start:

@@ -27,7 +27,7 @@ from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from blkferry.exports.nbd import slow, turn
-from blkferry.exports.nbd.limits import MAX_IN_FLIGHT, MAX_IN_FLIGHT_BYTES
+from blkferry.exports.nbd.limits import COMPLAINT_SECONDS, MAX_IN_FLIGHT, MAX_IN_FLIGHT_BYTES
 from blkferry.exports.nbd.requests import Payload, with_whole_payload
 from blkferry.exports.nbd.shortcut import Shortcut, find
 from blkferry.plane.buffers import Buffer
@@ -73,6 +73,8 @@ class NbdClient:
         self._stash = bytes(leftover)
         self.payload: Payload | None = None
         self._peer_gone = False
+        self._quiet_until = 0.0
+        self._unsaid = 0
         self._moving: bytes | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._in_flight_bytes = 0
@@ -303,6 +305,18 @@ class NbdClient:
     def check(self, request: wire.Request) -> wire.Refusal | None:
         """Why a request must be refused, None if it may run."""
         return wire.check(request, size=self.size, read_only=self.read_only, mode=self.mode, selected=self.selected)
+
+    def complain(self, text: str) -> None:
+        """Log that a request failed, at most once a second: a full disk fails thousands of them."""
+        now = self.services.loop.time()
+        if now < self._quiet_until:
+            self._unsaid += 1
+            return
+        log.warning("%s: export '%s': %s%s", self.peer, self.export.name, text, self._more_failures())
+        self._quiet_until, self._unsaid = now + COMPLAINT_SECONDS, 0
+
+    def _more_failures(self) -> str:
+        return f" (and {self._unsaid} failures before it)" if self._unsaid else ""
 
     def queue(self, data: bytes | memoryview, buffer: Buffer | None = None) -> None:
         """Send a reply that is ready outside of a turn, together with the others of its batch."""

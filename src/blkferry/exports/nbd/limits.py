@@ -23,3 +23,6 @@ MAX_IN_FLIGHT_BYTES = 64 << 20
 
 MAX_READ_PIECES = 64
 """Chunks of one sparse read; a read that is more fragmented comes as one chunk of data."""
+
+COMPLAINT_SECONDS = 1.0
+"""One log line about failed requests of a client in this time."""

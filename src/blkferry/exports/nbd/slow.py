@@ -36,15 +36,7 @@ _DOING = {
 def error_reply(client: NbdClient, request: wire.Request, error: OSError) -> bytes:
     """The reply for a request that the storage failed, and a line in the log."""
     doing = _DOING.get(Cmd(request.type), "request failed")
-    log.warning(
-        "%s: export '%s': %s at offset %d, %d bytes: %s",
-        client.peer,
-        client.export.name,
-        doing,
-        request.offset,
-        request.length,
-        error.strerror,
-    )
+    client.complain(f"{doing} at offset {request.offset}, {request.length} bytes: {error.strerror}")
     code = error.errno or errno.EIO
     return wire.error_reply(client.mode, request, wire.wire_errno(code), f"{doing}: {error.strerror}")
 
@@ -80,7 +72,7 @@ async def _answered(client: NbdClient, request: wire.Request, work: Awaitable[by
     except OSError as error:
         return error_reply(client, request, error)
     except Error as error:
-        log.warning("%s: export '%s': %s", client.peer, client.export.name, error)
+        client.complain(error.message)
         return wire.error_reply(client.mode, request, wire.ERRNO_OF_KIND[error.kind], error.message)
     except Exception:  # our own bug must fail this request, not the connection of whoever sent it
         log.exception("%s: export '%s': request failed: %r", client.peer, client.export.name, request)
