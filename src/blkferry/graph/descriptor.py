@@ -102,6 +102,7 @@ class DescriptorNode(Node):
         except OSError as error:
             raise Error.from_oserror("Failed to resize the file", error, path=self.filename()) from error
         storage.dirty += 1
+        storage.unmap()
         storage.refresh_size()
         self.length = align_up(storage.size, SECTOR)
         self.retire()

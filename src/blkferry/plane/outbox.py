@@ -66,6 +66,36 @@ class Outbox:
                 return
         self._keep((memoryview(bytes(view[sent:])), None))
 
+    def send_mapped(self, pieces: list[memoryview], places: list[int], total: int, fd: int) -> None:
+        """Send pieces that come from scratch memory (even ones) and from a mapping of `fd` (odd ones), in turns.
+
+        `places` says where in the file each of the latter lies: what the socket does not take is sent from the file.
+        """
+        if self.broken:
+            return
+        sent = 0
+        if not self._pieces:
+            try:
+                sent = self._sock.sendmsg(pieces, (), socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                pass
+            except OSError:
+                self._break()
+                return
+            if sent == total:
+                return
+        for number, piece in enumerate(pieces):
+            length = len(piece)
+            if sent >= length:
+                sent -= length
+                continue
+            if number % 2:
+                self._pieces.append(_FilePiece(fd, places[number // 2] + sent, length - sent))
+            else:
+                self._pieces.append((memoryview(bytes(piece[sent:])), None))
+            sent = 0
+        self._watch()
+
     def send_file(self, fd: int, offset: int, length: int) -> None:
         """Send a piece of a file that is in the page cache (rule R4)."""
         if self.broken:

@@ -15,7 +15,7 @@ from blkferry.errors import Error, ErrorKind
 from blkferry.plane.buffers import BufferPool
 from blkferry.plane.engine import Engine
 from blkferry.plane.ring import Ring, RingUnavailable
-from blkferry.plane.syscalls import CacheStat
+from blkferry.plane.syscalls import CacheStat, precise_sleeps
 from blkferry.plane.workers import Workers
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,9 @@ class Services:
         self._slots: dict[int, dict[int, tuple[memoryview]]] = {}
         self._after: list[Callable[[], None]] = []
         self._threads: Workers | None = None
+        self.last_served: object = None  # whose turn it was; for deciding whether a client is alone
         self.engine: Engine = self._choose(engine)
+        precise_sleeps()
 
     def _choose(self, wanted: str) -> Engine:
         if wanted == "threads":

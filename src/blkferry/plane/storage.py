@@ -22,6 +22,7 @@ from blkferry.plane.buffers import Buffer
 from blkferry.plane.drain import InFlight, RangeLock
 from blkferry.plane.engine import Done, Engine
 from blkferry.plane.services import Services
+from blkferry.plane.window import Window
 from blkferry.units import SECTOR, align_up
 
 _TMPFS_MAGIC = 0x01021994
@@ -81,6 +82,7 @@ class Storage:
         if not self.direct:
             self.inline_read_flags = 0 if self.in_memory else _nowait(self.fd)
         self._known_data = (0, 0)
+        self._window: Window | None = None
 
     def replace(self, fd: int, *, writable: bool) -> None:
         """Swap in another descriptor of the same file (re-opened for writing, or back), under the same number.
@@ -95,6 +97,27 @@ class Storage:
         """Ask the kernel for the size again, in bytes."""
         self.size = os.lseek(self.fd, 0, os.SEEK_END)
         return self.size
+
+    def window(self) -> Window | None:
+        """The mapping that hot reads are sent from, None where there is none: O_DIRECT, remote or odd file systems."""
+        if self._window is None and self.inline_read_flags is not None and self.seek_inline and self.size:
+            try:
+                self._window = Window(self.fd, self.size, in_memory=self.in_memory)
+            except (OSError, ValueError, OverflowError):
+                self.seek_inline = False
+        return self._window
+
+    def unmap(self) -> None:
+        """Give up the mapping; `window` makes a new one, of the size the file has then."""
+        if self._window is not None:
+            self._window.close()
+            self._window = None
+
+    def _holes_may_come(self) -> None:
+        """Space is being given back: what was data may be a hole."""
+        self._known_data = (0, 0)
+        if self._window is not None:
+            self._window.forget()
 
     # What is allocated -----------------------------------------------------------------------------------------
 
@@ -190,11 +213,11 @@ class Storage:
     def fallocate(self, mode: int, offset: int, length: int, done: Done) -> None:
         """fallocate(2) by way of the engine; `done` gets 0 or -errno."""
         self.in_flight.begin()
-        self._known_data = (0, 0)
+        self._holes_may_come()
 
         def finish(result: int) -> None:
             self.dirty += 1
-            self._known_data = (0, 0)
+            self._holes_may_come()
             self.in_flight.end()
             done(result)
 
@@ -268,6 +291,7 @@ class Storage:
 
     def close(self) -> None:
         """Close the descriptor. Nothing may be in flight."""
+        self.unmap()
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

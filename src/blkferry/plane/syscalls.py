@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import struct
+import sys
+import termios
 
 FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02
 FALLOC_FL_ZERO_RANGE = 0x10
 
 _SYS_CACHESTAT = 451
+_PR_SET_TIMERSLACK = 29
+_FOUR_BYTES = bytes(4)
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _libc.fallocate.restype = ctypes.c_int
@@ -21,6 +26,16 @@ _fstatfs = _libc.fstatfs
 _fstatfs.argtypes = [ctypes.c_int, ctypes.c_void_p]
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+def precise_sleeps() -> None:
+    """Let sleeps of this thread last as long as they should, to a microsecond; the kernel adds 50 otherwise."""
+    _libc.prctl(_PR_SET_TIMERSLACK, 1000, 0, 0, 0)
+
+
+def queued_bytes(fd: int) -> int:
+    """How much there is to read from a socket."""
+    return int.from_bytes(fcntl.ioctl(fd, termios.FIONREAD, _FOUR_BYTES), sys.byteorder)
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> int:
@@ -63,7 +78,4 @@ class CacheStat:
                 self.available = False
             return None
         pages = (offset + length - 1) // _PAGE - offset // _PAGE + 1
-        return int.from_bytes(self._result[:8], "little" if _LITTLE else "big") >= pages
-
-
-_LITTLE = struct.pack("=H", 1) == b"\x01\x00"
+        return int.from_bytes(self._result[:8], sys.byteorder) >= pages

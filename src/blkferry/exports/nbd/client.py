@@ -23,17 +23,19 @@ import asyncio
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from blkferry.exports.nbd import slow, turn
-from blkferry.exports.nbd.limits import COMPLAINT_SECONDS, MAX_IN_FLIGHT, MAX_IN_FLIGHT_BYTES
+from blkferry.exports.nbd.limits import COMPLAINT_SECONDS, FEW, GATHER_SECONDS, MAX_IN_FLIGHT, MAX_IN_FLIGHT_BYTES
 from blkferry.exports.nbd.requests import Payload, with_whole_payload
 from blkferry.exports.nbd.shortcut import Shortcut, find
 from blkferry.plane.buffers import Buffer
 from blkferry.plane.drain import InFlight
 from blkferry.plane.loops import ended_unseen
 from blkferry.plane.outbox import Outbox
+from blkferry.plane.syscalls import queued_bytes
 from blkferry.wire.nbd import transmission as wire
 from blkferry.wire.nbd.constants import Errno
 from blkferry.wire.nbd.handshake import Negotiated
@@ -86,6 +88,7 @@ class NbdClient:
         self._flush_scheduled = False
         self.in_flight = InFlight()
         self.services = export.root.services
+        self.replies = turn.Replies(self)
         self.outbox = Outbox(sock, self.services, self._go_on)
         self._shortcut: Shortcut | None = None
         self._shortcut_known = False
@@ -98,6 +101,12 @@ class NbdClient:
             self._shortcut = find(self.root, self.size, writable=not self.read_only)
             self._shortcut_known = True
         return self._shortcut
+
+    def mapped_fd(self) -> int:
+        """The descriptor of the mapping that this turn's replies came from."""
+        shortcut = self.shortcut()
+        assert shortcut is not None
+        return shortcut.storage.fd
 
     def invalidate(self) -> None:
         """Forget what lookups said; the next request asks again."""
@@ -238,9 +247,21 @@ class NbdClient:
         if not count:
             self._hang_up(have)
             return
-        turn.serve(self, scratch, have + count)
+        self._moderate(turn.serve(self, scratch, have + count))
         if self._reading and (self._stash or self.payload is not None):
             self._look_again()
+
+    def _moderate(self, small_reads: int) -> None:
+        """Let a client that streams small requests gather some more of them.
+
+        When we are faster than the client, turns get so small that waking up costs more than the requests. A pause
+        shorter than what the client needs for the next few makes turns several times as large and takes nobody's time:
+        it is made only when more is queued already, and nobody else was served since.
+        """
+        services = self.services
+        alone, services.last_served = services.last_served is self, self
+        if alone and 1 < small_reads < FEW and self._reading and queued_bytes(self._fd):
+            time.sleep(GATHER_SECONDS)
 
     def _hang_up(self, unparsed: int) -> None:
         """The client closed its side: requests in flight run to their end, there is nobody to answer."""

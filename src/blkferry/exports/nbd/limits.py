@@ -26,3 +26,12 @@ MAX_READ_PIECES = 64
 
 COMPLAINT_SECONDS = 1.0
 """One log line about failed requests of a client in this time."""
+
+MAX_MAPPED = 256
+"""Replies sent straight from the mapped file by one call: two pieces each, of the 1024 that the kernel takes."""
+
+FEW = 24
+"""Fewer small reads than this, but more than one, make a turn that could have been larger."""
+
+GATHER_SECONDS = 12e-6
+"""What a client needs to send two or three requests."""

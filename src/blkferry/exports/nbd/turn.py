@@ -12,8 +12,16 @@ import time
 from typing import TYPE_CHECKING
 
 from blkferry.exports.nbd import requests
-from blkferry.exports.nbd.limits import SENDFILE_FROM, STALL_PENALTY_SECONDS, STALL_SECONDS, TURN_BYTES, ZEROES
+from blkferry.exports.nbd.limits import (
+    MAX_MAPPED,
+    SENDFILE_FROM,
+    STALL_PENALTY_SECONDS,
+    STALL_SECONDS,
+    TURN_BYTES,
+    ZEROES,
+)
 from blkferry.plane.services import MAX_SLOTS, SCRATCH_OUT
+from blkferry.plane.window import REGION_BITS
 from blkferry.wire.nbd import codec
 from blkferry.wire.nbd import transmission as wire
 from blkferry.wire.nbd.constants import Mode
@@ -22,43 +30,71 @@ if TYPE_CHECKING:
     from blkferry.exports.nbd.client import NbdClient
 
 
-def serve(client: NbdClient, data: memoryview, end: int) -> None:
-    """Execute every whole request in data[:end], and leave the rest in the client's stash."""
+def serve(client: NbdClient, data: memoryview, end: int) -> int:
+    """Execute every whole request in data[:end], and leave the rest in the client's stash.
+
+    Returns the number of requests if they were all small reads that went straight, else 0.
+    """
     services = client.services
     out, view = services.scratch_out, services.scratch_view
     slots: dict[int, tuple[memoryview]] = {}
     slot_length = 0
     shortcut = client.shortcut()
-    read_end = write_end = delta = inline_flags = 0
+    read_end = write_end = map_end = delta = inline_flags = hot = 0
     fd = -1
+    window = None
     if shortcut is not None:
+        started = time.monotonic()
         storage = shortcut.storage
         fd, delta = storage.fd, shortcut.offset
         if storage.inline_read_flags is not None:
             inline_flags, read_end = storage.inline_read_flags, shortcut.end
-        if shortcut.write_end and not storage.direct and not client.root.writethrough:
-            started = time.monotonic()
-            if started >= storage.inline_writes_from:
-                write_end = shortcut.write_end
+            window = storage.window()
+            if window is not None and storage.refresh_size() >= window.size:
+                marks, mapped, map_end, hot = window.marks, window.view, window.size, window.tick(started)
+        if not storage.direct and not client.root.writethrough and started >= storage.inline_writes_from:
+            write_end = shortcut.write_end
     mode = client.mode
     simple, structured = mode is Mode.SIMPLE, mode is Mode.STRUCTURED
     read_head, read_df_head, write_head, unpack, header, data_prefix, pack_data, data_header = codec.FAST[mode]
     preadv, pwritev = os.preadv, os.pwritev
+    straight = end // header
     wrote = False
-    pos = filled = 0
+    replies = client.replies
+    add_piece, add_place, places = replies.pieces.append, replies.places.append, replies.places
+    hot_end = min(map_end - delta, read_end)
+    pos = filled = begun = 0
     budget = TURN_BYTES
     while end - pos >= header:
         head, cookie, offset, length = unpack(data, pos)
         is_read = head == read_head or head == read_df_head  # noqa: PLR1714 - a set costs twice as much
         if is_read and offset + length <= read_end and 0 < length < SENDFILE_FROM:
             start = filled + data_header
-            if start + length > SCRATCH_OUT:
-                client.outbox.send(view[:filled])
-                budget -= filled
-                filled = 0
+            place = offset + delta
+            if start + length > SCRATCH_OUT or len(places) == MAX_MAPPED:
+                budget -= replies.send(begun, filled)
+                filled = begun = 0
                 if budget <= 0 or client.outbox.blocked:
                     break
                 start = data_header
+            if offset + length <= hot_end:
+                region = place >> REGION_BITS
+                last = place + length
+                if marks[region] == hot and (last - 1) >> REGION_BITS == region:
+                    if simple:
+                        pack_data(out, filled, data_prefix, cookie)
+                    elif structured:
+                        pack_data(out, filled, data_prefix, cookie, length + 8, offset)
+                    else:
+                        pack_data(out, filled, data_prefix, cookie, offset, length + 8, offset)
+                    add_piece(view[begun:start])
+                    add_piece(mapped[place:last])
+                    add_place(place)
+                    begun = filled = start
+                    pos += header
+                    continue
+                assert window is not None
+                window.touch(region, services.cache)
             if length != slot_length:
                 slots, slot_length = services.read_slots(length), length
             slot = slots.get(start)
@@ -67,14 +103,13 @@ def serve(client: NbdClient, data: memoryview, end: int) -> None:
                 if len(slots) < MAX_SLOTS:  # clients of odd lengths could have us keep one for every byte
                     slots[start] = slot
             try:
-                count = preadv(fd, slot, offset + delta, inline_flags)
+                count = preadv(fd, slot, place, inline_flags)
             except BlockingIOError:
                 count = -1
             except OSError as error:
                 pos += header
-                filled = _append(
-                    client, filled, requests.failed(client, codec.request(head, cookie, offset, length), error)
-                )
+                reply = requests.failed(client, codec.request(head, cookie, offset, length), error)
+                begun, filled = replies.append(begun, filled, reply)
                 continue
             if count == length:
                 pos += header
@@ -82,7 +117,9 @@ def serve(client: NbdClient, data: memoryview, end: int) -> None:
                     pack_data(out, filled, data_prefix, cookie)
                 elif not out[start] and head == read_head and out.startswith(ZEROES[:length], start):
                     request = codec.request(head, cookie, offset, length)
-                    filled = _append(client, filled, wire.hole_chunk(mode, request, offset, length, done=True))
+                    begun, filled = replies.append(
+                        begun, filled, wire.hole_chunk(mode, request, offset, length, done=True)
+                    )
                     continue
                 elif structured:
                     pack_data(out, filled, data_prefix, cookie, length + 8, offset)
@@ -93,6 +130,7 @@ def serve(client: NbdClient, data: memoryview, end: int) -> None:
         elif head == write_head and offset + length <= write_end and 0 < length <= end - pos - header:
             pos += header
             wrote = True
+            straight = 0
             storage.dirty += 1  # at once: a flush may follow in this very turn
             try:
                 count = pwritev(fd, (data[pos : pos + length],), offset + delta)
@@ -103,39 +141,61 @@ def serve(client: NbdClient, data: memoryview, end: int) -> None:
             else:
                 reply = codec.write_reply(mode, cookie, offset)
             pos += length
-            filled = _append(client, filled, reply)
+            begun, filled = replies.append(begun, filled, reply)
             continue
         # Everything that is not the common case leaves the straight line here.
-        if filled:
-            client.outbox.send(view[:filled], more=length >= SENDFILE_FROM)
-            filled = 0
+        budget -= replies.send(begun, filled, more=length >= SENDFILE_FROM)
+        filled = begun = straight = 0
         if client.must_wait() or budget <= 0:
             break
         request = codec.request(head, cookie, offset, length)
         if not codec.is_request(mode, head):
             client.lost_step(head, request)
-            return
+            return 0
         budget -= length
         pos = requests.dispatch(client, data, pos + header, end, request)
         if client.closed or client.ending:
-            return
+            return 0
         if client.payload is not None:
             break
-    if filled:
-        client.outbox.send(view[:filled])
+    replies.send(begun, filled)
     if wrote:
         now = time.monotonic()
         if now - started > STALL_SECONDS:
             storage.inline_writes_from = now + STALL_PENALTY_SECONDS
     client.turn_over(data[pos:end], more=end - pos >= header)
+    return straight
 
 
-def _append(client: NbdClient, filled: int, reply: bytes) -> int:
-    """Add a finished reply to the scratch memory, sending what is there if it is full."""
-    end = filled + len(reply)
-    view = client.services.scratch_view
-    if end > SCRATCH_OUT:
-        client.outbox.send(view[:filled])
-        filled, end = 0, len(reply)
-    view[filled:end] = reply
-    return end
+class Replies:
+    """The replies of a turn, in order: scratch memory, in turns with pieces of the mapped file. Empty between turns."""
+
+    def __init__(self, client: NbdClient) -> None:
+        self._client = client
+        self.pieces: list[memoryview] = []
+        self.places: list[int] = []
+
+    def send(self, begun: int, filled: int, *, more: bool = False) -> int:
+        """Send everything; what is in scratch memory from `begun` to `filled` comes last. Returns how many bytes."""
+        client = self._client
+        view = client.services.scratch_view
+        if not self.places:
+            if filled:
+                client.outbox.send(view[:filled], more=more)
+            return filled
+        if filled > begun:
+            self.pieces.append(view[begun:filled])
+        total = sum(map(len, self.pieces))
+        client.outbox.send_mapped(self.pieces, self.places, total, client.mapped_fd())
+        self.pieces.clear()
+        self.places.clear()
+        return total
+
+    def append(self, begun: int, filled: int, reply: bytes) -> tuple[int, int]:
+        """Add a finished reply to the scratch memory, sending what is there if it is full."""
+        if filled + len(reply) > SCRATCH_OUT:
+            self.send(begun, filled)
+            begun = filled = 0
+        end = filled + len(reply)
+        self._client.services.scratch_view[filled:end] = reply
+        return begun, end
