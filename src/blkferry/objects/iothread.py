@@ -58,7 +58,7 @@ class Iothread:
 
     async def _prepare(self, engine: str) -> None:
         # The ring belongs to the thread that makes it.
-        self.services = Services(self._loop, engine=engine)
+        self.services = Services(self._loop, engine=engine, poll_seconds=self.options.poll_max_ns / 1e9)
 
     async def stop(self) -> None:
         """End the thread; nothing may live there any more."""

@@ -27,6 +27,9 @@ SCRATCH_IN = 256 << 10
 SCRATCH_OUT = 1 << 20
 """Reply scratch, shared likewise: one turn's replies are built here and sent at once."""
 
+POLL_SECONDS = 32768e-9
+"""How long to wait for a prompt client without sleeping: QEMU's default for iothreads, which can set their own."""
+
 SLOT_UNIT = 4096
 """Reads of multiples of this are common; there are few of them below the size that goes by sendfile."""
 
@@ -40,11 +43,16 @@ BUFFER_LIMIT = 512 << 20
 class Services:
     """Loop services. `engine` may be "auto" (io_uring, else threads), "io_uring" or "threads".
 
+    `poll_seconds` is how long a turn may wait for a prompt client without sleeping; 0 never waits.
+
     Raises Error(UNSUPPORTED) when "io_uring" was asked for and the kernel refuses it.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, *, engine: str = "auto") -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, *, engine: str = "auto", poll_seconds: float = POLL_SECONDS
+    ) -> None:
         self.loop = loop
+        self.poll_seconds = poll_seconds
         self.buffers = BufferPool(BUFFER_LIMIT, loop.call_soon)
         self.cache = CacheStat()
         self.scratch_in = memoryview(bytearray(SCRATCH_IN))

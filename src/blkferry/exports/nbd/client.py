@@ -75,6 +75,8 @@ class NbdClient:
         self._stash = bytes(leftover)
         self.payload: Payload | None = None
         self._peer_gone = False
+        self._prompt = False
+        self._turn_ended = 0.0
         self._quiet_until = 0.0
         self._unsaid = 0
         self._moving: bytes | None = None
@@ -226,6 +228,8 @@ class NbdClient:
     # Receiving -------------------------------------------------------------------------------------------------
 
     def _readable(self) -> None:
+        if self.services.poll_seconds:
+            self._prompt = time.monotonic() - self._turn_ended < self.services.poll_seconds
         try:
             payload = self.payload
             if payload is not None:
@@ -260,8 +264,21 @@ class NbdClient:
         """
         services = self.services
         alone, services.last_served = services.last_served is self, self
-        if alone and 1 < small_reads < FEW and self._reading and queued_bytes(self._fd):
+        if not alone or not self._reading:
+            return
+        if 1 < small_reads < FEW and queued_bytes(self._fd):
             time.sleep(GATHER_SECONDS)
+        elif small_reads == 1 and services.poll_seconds:
+            self._poll(services.poll_seconds)
+
+    def _poll(self, longest: float) -> None:
+        """Wait for the next request without sleeping, if the last one came as soon as that (poll-max-ns)."""
+        now = time.monotonic()
+        if self._prompt:
+            deadline = now + longest
+            while not queued_bytes(self._fd) and now < deadline:
+                now = time.monotonic()
+        self._turn_ended = now
 
     def _hang_up(self, unparsed: int) -> None:
         """The client closed its side: requests in flight run to their end, there is nobody to answer."""

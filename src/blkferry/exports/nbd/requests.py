@@ -14,6 +14,7 @@ from blkferry.exports.nbd import slow
 from blkferry.exports.nbd.limits import MAX_READ_PIECES, SENDFILE_FROM, STALL_PENALTY_SECONDS, STALL_SECONDS, ZEROES
 from blkferry.plane.buffers import Buffer
 from blkferry.plane.storage import Storage
+from blkferry.plane.window import REGION_BITS
 from blkferry.wire.nbd import transmission as wire
 from blkferry.wire.nbd.constants import MAX_REQUEST, Cmd, CmdFlag, Errno, Mode
 
@@ -206,6 +207,10 @@ def _send_cached(client: NbdClient, storage: Storage, request: wire.Request, pla
             if is_data and not client.services.cache.resident(storage.fd, at, piece):
                 return False
             at += piece
+    window = storage.window()
+    if window is not None and place + length <= window.size:
+        window.touch(place >> REGION_BITS, client.services.cache)
+        window.touch(place + length - 1 >> REGION_BITS, client.services.cache)
     offset = request.offset
     for piece, is_data in pieces:
         done = offset + piece == request.offset + length

@@ -24,7 +24,7 @@ from blkferry.plane.services import MAX_SLOTS, SCRATCH_OUT
 from blkferry.plane.window import REGION_BITS
 from blkferry.wire.nbd import codec
 from blkferry.wire.nbd import transmission as wire
-from blkferry.wire.nbd.constants import Mode
+from blkferry.wire.nbd.constants import MAX_REQUEST, Mode
 
 if TYPE_CHECKING:
     from blkferry.exports.nbd.client import NbdClient
@@ -143,6 +143,24 @@ def serve(client: NbdClient, data: memoryview, end: int) -> int:
             pos += length
             begun, filled = replies.append(begun, filled, reply)
             continue
+        elif is_read and offset + length <= hot_end and length <= MAX_REQUEST and filled + data_header <= SCRATCH_OUT:
+            place = offset + delta
+            first, last = place >> REGION_BITS, (place + length - 1) >> REGION_BITS
+            if length and marks[first] == hot == marks[last] and last - first <= 1:
+                if simple:
+                    pack_data(out, filled, data_prefix, cookie)
+                elif structured:
+                    pack_data(out, filled, data_prefix, cookie, length + 8, offset)
+                else:
+                    pack_data(out, filled, data_prefix, cookie, offset, length + 8, offset)
+                replies.send(begun, filled + data_header, more=True)
+                client.outbox.send_file(fd, place, length)
+                pos += header
+                filled = begun = straight = 0
+                budget -= length
+                if budget <= 0 or client.outbox.blocked:
+                    break
+                continue
         # Everything that is not the common case leaves the straight line here.
         budget -= replies.send(begun, filled, more=length >= SENDFILE_FROM)
         filled = begun = straight = 0
