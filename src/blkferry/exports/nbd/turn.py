@@ -203,7 +203,7 @@ class Replies:
             return filled
         if filled > begun:
             self.pieces.append(view[begun:filled])
-        total = sum(map(len, self.pieces))
+        total = filled + sum(map(len, self.pieces[1::2]))
         client.outbox.send_mapped(self.pieces, self.places, total, client.mapped_fd())
         self.pieces.clear()
         self.places.clear()
