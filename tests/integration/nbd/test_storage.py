@@ -9,6 +9,7 @@ import subprocess
 import pytest
 from serving import SIZE, eventually
 
+from blkferry.errors import Error
 from blkferry.extent import Status
 from blkferry.testing.daemon import DaemonThread
 from blkferry.testing.fault import VERBS, insert
@@ -161,6 +162,27 @@ def test_a_file_that_is_cut_off_below_a_request(where, mode, tmp_path):
                 assert client.read(half - 1, half + 1) == b"\x55" + b"\x66" * half
     finally:
         os.unlink(path)
+
+
+# --- Read-only disks --------------------------------------------------------------------------------------------
+
+
+def test_auto_read_only_takes_what_the_host_allows(small_disk):
+    path = small_disk / "f.img"
+    path.write_bytes(b"\x55" * 4096)
+    with DaemonThread() as daemon:
+        subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+        with pytest.raises(Error, match="Read-only file system") as refused:
+            daemon.execute("blockdev-add", driver="file", node_name="f", filename=str(path))
+        assert "read-only=on" in refused.value.hint
+        daemon.execute("blockdev-add", driver="file", node_name="f", filename=str(path), auto_read_only=True)
+        daemon.export("f", writable=False)
+        with daemon.client() as client:
+            assert client.read(0, 4096) == b"\x55" * 4096
+        with pytest.raises(Error, match="for writing: Read-only file system"):
+            daemon.export("f", "w", "w", writable=True)
+        with daemon.client() as client:
+            assert client.read(0, 4096) == b"\x55" * 4096
 
 
 # --- Full disks -------------------------------------------------------------------------------------------------
