@@ -76,6 +76,7 @@ class NbdClient:
         self.payload: Payload | None = None
         self._peer_gone = False
         self._prompt = False
+        self._polled_in_vain = False
         self._turn_ended = 0.0
         self._quiet_until = 0.0
         self._unsaid = 0
@@ -229,7 +230,9 @@ class NbdClient:
 
     def _readable(self) -> None:
         if self.services.poll_seconds:
-            self._prompt = time.monotonic() - self._turn_ended < self.services.poll_seconds
+            # A client that we slept through looks late by the time it takes to wake up.
+            patience = self.services.poll_seconds * (1 if self._polled_in_vain else 2)
+            self._prompt = time.monotonic() - self._turn_ended < patience
         try:
             payload = self.payload
             if payload is not None:
@@ -255,8 +258,8 @@ class NbdClient:
         if self._reading and (self._stash or self.payload is not None):
             self._look_again()
 
-    def _moderate(self, small_reads: int) -> None:
-        """Let a client that streams small requests gather some more of them.
+    def _moderate(self, requests: int) -> None:
+        """Let a client that streams small requests gather some more of them, and wait for one that is prompt.
 
         When we are faster than the client, turns get so small that waking up costs more than the requests. A pause
         shorter than what the client needs for the next few makes turns several times as large and takes nobody's time:
@@ -266,19 +269,18 @@ class NbdClient:
         alone, services.last_served = services.last_served is self, self
         if not alone or not self._reading:
             return
-        if 1 < small_reads < FEW and queued_bytes(self._fd):
+        if 1 < requests < FEW and queued_bytes(self._fd):
             time.sleep(GATHER_SECONDS)
-        elif small_reads == 1 and services.poll_seconds:
+        elif requests == 1 and services.poll_seconds:
             self._poll(services.poll_seconds)
 
     def _poll(self, longest: float) -> None:
         """Wait for the next request without sleeping, if the last one came as soon as that (poll-max-ns)."""
-        now = time.monotonic()
+        self._turn_ended = now = time.monotonic()
+        self._polled_in_vain = False
         if self._prompt:
-            deadline = now + longest
-            while not queued_bytes(self._fd) and now < deadline:
-                now = time.monotonic()
-        self._turn_ended = now
+            while not queued_bytes(self._fd) and not self._polled_in_vain:
+                self._polled_in_vain = time.monotonic() - now > longest
 
     def _hang_up(self, unparsed: int) -> None:
         """The client closed its side: requests in flight run to their end, there is nobody to answer."""

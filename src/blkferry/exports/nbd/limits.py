@@ -31,7 +31,7 @@ MAX_MAPPED = 256
 """Replies sent straight from the mapped file by one call: two pieces each, of the 1024 that the kernel takes."""
 
 FEW = 24
-"""Fewer small reads than this, but more than one, make a turn that could have been larger."""
+"""Fewer small requests than this, but more than one, make a turn that could have been larger."""
 
 GATHER_SECONDS = 12e-6
 """What a client needs to send two or three requests."""

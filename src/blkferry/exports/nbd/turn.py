@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 def serve(client: NbdClient, data: memoryview, end: int) -> int:
     """Execute every whole request in data[:end], and leave the rest in the client's stash.
 
-    Returns the number of requests if they were all small reads that went straight, else 0.
+    Returns the number of requests if all were small reads, or one write, and went straight; else 0.
     """
     services = client.services
     out, view = services.scratch_out, services.scratch_view
@@ -58,8 +58,8 @@ def serve(client: NbdClient, data: memoryview, end: int) -> int:
     simple, structured = mode is Mode.SIMPLE, mode is Mode.STRUCTURED
     read_head, read_df_head, write_head, unpack, header, data_prefix, pack_data, data_header = codec.FAST[mode]
     preadv, pwritev = os.preadv, os.pwritev
-    straight = end // header
-    wrote = False
+    straight = True
+    written = 0
     replies = client.replies
     add_piece, add_place, places = replies.pieces.append, replies.places.append, replies.places
     hot_end = min(map_end - delta, read_end)
@@ -129,8 +129,6 @@ def serve(client: NbdClient, data: memoryview, end: int) -> int:
                 continue
         elif head == write_head and offset + length <= write_end and 0 < length <= end - pos - header:
             pos += header
-            wrote = True
-            straight = 0
             storage.dirty += 1  # at once: a flush may follow in this very turn
             try:
                 count = pwritev(fd, (data[pos : pos + length],), offset + delta)
@@ -141,6 +139,7 @@ def serve(client: NbdClient, data: memoryview, end: int) -> int:
             else:
                 reply = codec.write_reply(mode, cookie, offset)
             pos += length
+            written += length
             begun, filled = replies.append(begun, filled, reply)
             continue
         elif is_read and offset + length <= hot_end and length <= MAX_REQUEST and filled + data_header <= SCRATCH_OUT:
@@ -156,14 +155,16 @@ def serve(client: NbdClient, data: memoryview, end: int) -> int:
                 replies.send(begun, filled + data_header, more=True)
                 client.outbox.send_file(fd, place, length)
                 pos += header
-                filled = begun = straight = 0
+                filled = begun = 0
+                straight = False
                 budget -= length
                 if budget <= 0 or client.outbox.blocked:
                     break
                 continue
         # Everything that is not the common case leaves the straight line here.
         budget -= replies.send(begun, filled, more=length >= SENDFILE_FROM)
-        filled = begun = straight = 0
+        filled = begun = 0
+        straight = False
         if client.must_wait() or budget <= 0:
             break
         request = codec.request(head, cookie, offset, length)
@@ -177,12 +178,13 @@ def serve(client: NbdClient, data: memoryview, end: int) -> int:
         if client.payload is not None:
             break
     replies.send(begun, filled)
-    if wrote:
+    if written:
         now = time.monotonic()
         if now - started > STALL_SECONDS:
             storage.inline_writes_from = now + STALL_PENALTY_SECONDS
     client.turn_over(data[pos:end], more=end - pos >= header)
-    return straight
+    requests_served = (pos - written) // header
+    return requests_served if straight and (not written or requests_served == 1) else 0
 
 
 class Replies:
