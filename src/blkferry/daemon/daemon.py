@@ -62,6 +62,7 @@ class Daemon:
         self._subscribers: dict[object, EventCallback] = {}
         self._stopping: asyncio.Task[None] | None = None
         self._hurry = asyncio.Event()
+        self._clients_held = False
         self.objects: dict[str, Iothread] = {}
         self.chardevs: dict[str, Chardev] = {}
         self.monitors: list[Monitor] = []
@@ -224,6 +225,16 @@ class Daemon:
     def service(self, name: str) -> Any:
         return self.nbd_server if name == "nbd-server" else None
 
+    def hold_clients(self) -> None:
+        """Let clients of servers started from now on wait, so that they find everything that is still being made."""
+        self._clients_held = True
+
+    def admit_clients(self) -> None:
+        """Let them in."""
+        self._clients_held = False
+        if self.nbd_server is not None:
+            self.nbd_server.admit()
+
     async def start_nbd_server(
         self, address: SocketAddress, *, max_connections: int = 0, handshake_seconds: int = 10
     ) -> Listener:
@@ -235,7 +246,10 @@ class Daemon:
                 )
             self._nbd_listener = await listen(address)
             self.nbd_server = NbdServer(
-                self._nbd_listener.sockets, max_connections=max_connections, handshake_seconds=handshake_seconds
+                self._nbd_listener.sockets,
+                max_connections=max_connections,
+                handshake_seconds=handshake_seconds,
+                held=self._clients_held,
             )
             return self._nbd_listener
 

@@ -57,9 +57,11 @@ async def _live(
     try:
         await daemon.start()
         try:
+            daemon.hold_clients()
             if not await _unless_finished(daemon, fill(daemon)):
                 return False
             file = PidFile(pidfile) if pidfile is not None else None
+            daemon.admit_clients()
             if on_ready is not None:
                 on_ready(daemon)
             await daemon.finished.wait()

@@ -37,10 +37,18 @@ _RECEIVE = 64 << 10
 
 
 class NbdServer:
-    """Serves exports on sockets that listen already. 0 means unlimited `max_connections` and `handshake_seconds`."""
+    """Serves exports on sockets that listen already. 0 means unlimited `max_connections` and `handshake_seconds`.
+
+    While it is `held`, clients wait in the kernel's backlog.
+    """
 
     def __init__(
-        self, sockets: Sequence[socket.socket], *, max_connections: int = 0, handshake_seconds: int = 10
+        self,
+        sockets: Sequence[socket.socket],
+        *,
+        max_connections: int = 0,
+        handshake_seconds: int = 10,
+        held: bool = False,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.sockets = list(sockets)
@@ -51,6 +59,7 @@ class NbdServer:
         self._connections = 0
         self._accepting = False
         self._closed = False
+        self._held = held
         self._listen()
 
     # The directory that handshakes see -------------------------------------------------------------------------
@@ -85,10 +94,15 @@ class NbdServer:
     # Connections -----------------------------------------------------------------------------------------------
 
     def _listen(self) -> None:
-        if not self._accepting and not self._closed and not self._full():
+        if not self._accepting and not self._held and not self._closed and not self._full():
             self._accepting = True
             for listener in self.sockets:
                 self.loop.add_reader(listener.fileno(), self._accept, listener)
+
+    def admit(self) -> None:
+        """Accept the clients that were held back."""
+        self._held = False
+        self._listen()
 
     def _ignore(self) -> None:
         if self._accepting:
