@@ -18,7 +18,7 @@ from blkferry.testing.daemon import DaemonThread
 from blkferry.wire.nbd.constants import Cmd, Mode
 
 SIZE = (64 << 10) + 500
-EXAMPLES = 150
+EXAMPLES = 200
 BATCHES = st.lists(
     st.lists(
         st.tuples(
