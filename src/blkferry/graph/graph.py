@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from blkferry.errors import Error, ErrorKind
@@ -50,7 +50,6 @@ class Opening:
     auto_read_only: bool
     cache: BlockdevCacheOptions
     depth: int = 0
-    created: list[Node] = field(default_factory=list)
 
     async def child(self, node: Node, role: str, reference: str | BlockdevOptions) -> Node:
         """Find or open the node that `reference` means, and attach it to `node` as its child `role`."""

@@ -19,12 +19,11 @@ _MSG_MORE = socket.MSG_MORE | socket.MSG_NOSIGNAL
 
 
 class _FilePiece:
-    """A piece of a file, by a descriptor of its own: it outlives whatever happens to the node."""
+    """A piece of the file that the outbox holds open."""
 
-    __slots__ = ("fd", "length", "offset")
+    __slots__ = ("length", "offset")
 
-    def __init__(self, fd: int, offset: int, length: int) -> None:
-        self.fd = os.dup(fd)
+    def __init__(self, offset: int, length: int) -> None:
         self.offset = offset
         self.length = length
 
@@ -42,6 +41,10 @@ class Outbox:
         self._on_drained = on_drained
         self._pieces: deque[_Piece] = deque()
         self._watching = False
+        # A descriptor of our own for the file pieces that wait, however many. They outlive what happens to the node,
+        # and a client that does not read cannot use up the descriptors of the process.
+        self._file = -1
+        self._file_pieces = 0
         self.broken = False
 
     @property
@@ -85,12 +88,14 @@ class Outbox:
             if sent == total:
                 return
         for number, piece in enumerate(pieces):
+            if self.broken:
+                return
             length = len(piece)
             if sent >= length:
                 sent -= length
                 continue
             if number % 2:
-                self._pieces.append(_FilePiece(fd, places[number // 2] + sent, length - sent))
+                self._keep_file(fd, places[number // 2] + sent, length - sent)
             else:
                 self._pieces.append((memoryview(bytes(piece[sent:])), None))
             sent = 0
@@ -116,7 +121,7 @@ class Outbox:
                 length -= sent
             if not length:
                 return
-        self._keep(_FilePiece(fd, offset, length))
+        self._keep_file(fd, offset, length)
 
     def queue(self, data: bytes | memoryview, buffer: Buffer | None = None) -> None:
         """Send at the next `flush`; `buffer`, if given, holds the bytes and is released when they are gone."""
@@ -144,7 +149,7 @@ class Outbox:
         self._unwatch()
 
     def _flush_file(self, piece: _FilePiece) -> None:
-        sent = os.sendfile(self._fd, piece.fd, piece.offset, piece.length)
+        sent = os.sendfile(self._fd, self._file, piece.offset, piece.length)
         if sent == 0:
             raise BrokenPipeError
         piece.offset += sent
@@ -171,6 +176,19 @@ class Outbox:
             sent -= len(view)
             if buffer is not None:
                 buffer.release()
+
+    def _keep_file(self, fd: int, offset: int, length: int) -> None:
+        """Keep a piece of a file; all that wait at a time are pieces of the same one."""
+        if self.broken:
+            return
+        if not self._file_pieces:
+            try:
+                self._file = os.dup(fd)
+            except OSError:  # out of descriptors: the header has gone out, so this reply cannot be taken back
+                self._break()
+                return
+        self._file_pieces += 1
+        self._keep(_FilePiece(offset, length))
 
     def _keep(self, piece: _Piece) -> None:
         self._pieces.append(piece)
@@ -201,10 +219,12 @@ class Outbox:
         while self._pieces:
             self._release(self._pieces.popleft())
 
-    @staticmethod
-    def _release(piece: _Piece) -> None:
+    def _release(self, piece: _Piece) -> None:
         if isinstance(piece, _FilePiece):
-            os.close(piece.fd)
+            self._file_pieces -= 1
+            if not self._file_pieces:
+                os.close(self._file)
+                self._file = -1
         elif piece[1] is not None:
             piece[1].release()
 

@@ -93,8 +93,10 @@ def test_a_client_that_takes_its_time_gets_every_byte(place):
         warm(daemon, client)
         offsets = [(number * 28672) % (client.size - 28672) for number in range(600)]
         cookies = [client.submit(Cmd.READ, offset, 28672) for offset in offsets]
+        open_files = len(os.listdir("/proc/self/fd"))
         client.push()
         time.sleep(0.3)
+        assert len(os.listdir("/proc/self/fd")) <= open_files + 1  # for what waits, however many pieces that is
         for cookie, offset in zip(cookies, offsets, strict=True):
             assert client.wait(cookie).data == data[offset : offset + 28672]
 
