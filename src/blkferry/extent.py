@@ -1,6 +1,7 @@
 """The central noun: for a range of a node, what is there and where its bytes live.
 
-A driver's `lookup` answers with extents, in order, without gaps, clipped to the range that was asked for.
+A driver's `lookup` answers with extents, in order, without gaps, from the start of the range that was asked for. It may
+stop before the end of the range (where metadata is not at hand, or the answer grows long), but not before its start.
 Reads, writes, NBD block status, holes and maps are all served from this one answer, so they cannot disagree.
 """
 
@@ -8,6 +9,9 @@ from __future__ import annotations
 
 import enum
 from typing import NamedTuple
+
+MAX_EXTENTS = 1024
+"""How many extents an answer about allocation should have at most: a millisecond or two of work. Callers ask on."""
 
 
 class Content(enum.Enum):
@@ -36,7 +40,8 @@ class Extent(NamedTuple):
     """One answer of a driver about `length` bytes of its node from `start`.
 
     `in_place` promises that overwriting these bytes at their place needs no metadata change. `allocated` says
-    whether host space stands behind them.
+    whether host space stands behind them. `settled` says that the child need not be asked what it has allocated:
+    a format that knows what its clusters hold vouches for them.
     """
 
     start: int
@@ -46,6 +51,7 @@ class Extent(NamedTuple):
     child: str | None = None
     in_place: bool = False
     allocated: bool = True
+    settled: bool = False
 
 
 class Status(NamedTuple):

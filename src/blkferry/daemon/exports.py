@@ -89,7 +89,11 @@ class Exports:
         if options.allow_inactive:
             raise Error(ErrorKind.UNSUPPORTED, "Export type does not support inactive exports")
         export: Export
-        root = Root(node, f"export '{options.id}'", lambda: export.retired())  # noqa: PLW0108 - there is no export yet
+
+        def retired(start: int, end: int | None) -> None:
+            export.retired(start, end)
+
+        root = Root(node, f"export '{options.id}'", retired)
         root.writethrough = options.writethrough
         export = kind(self._daemon, options, root)
         await node.services.run(root.attach(*kind.permissions(options)))

@@ -74,6 +74,16 @@ class Raw(Node):
     def flush_target(self) -> Storage | None:
         return self.children["file"].node.flush_target()
 
-    def retire(self) -> None:
+    def grow(self, length: int) -> bool:
+        if self.options.size is not None or not self.children["file"].node.grow(length + self._offset):
+            return False
         self._measure()
-        super().retire()
+        return True
+
+    def child_retired(self, role: str, start: int, end: int | None) -> None:
+        del role
+        if end is not None:
+            self.retire(max(start - self._offset, 0), max(end - self._offset, 0))
+            return
+        self._measure()
+        self.retire()

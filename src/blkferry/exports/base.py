@@ -47,7 +47,7 @@ class Export:
     def withdraw(self) -> None:
         """Take no new clients. Called on the main loop."""
 
-    def retired(self) -> None:
+    def retired(self, start: int, end: int | None) -> None:
         """The node says that earlier lookups are void. Called on the node's loop."""
 
     async def drain(self) -> None:

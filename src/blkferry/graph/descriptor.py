@@ -12,9 +12,8 @@ import os
 import stat
 
 from blkferry.errors import Error, ErrorKind
-from blkferry.extent import Content, Effort, Extent
+from blkferry.extent import MAX_EXTENTS, Content, Effort, Extent
 from blkferry.graph.node import Node
-from blkferry.graph.root import MAX_STATUS_RUNS
 from blkferry.plane.storage import Storage
 from blkferry.plane.syscalls import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
 from blkferry.units import SECTOR, align_up
@@ -44,7 +43,7 @@ class DescriptorNode(Node):
         if effort is Effort.PLACE or storage.known_data(start, length):
             return [Extent(start, length, Content.DATA, start, None, writable)]
         extents: list[Extent] = []
-        for run, is_data in storage.allocation(start, length, MAX_STATUS_RUNS):
+        for run, is_data in storage.allocation(start, length, MAX_EXTENTS):
             content = Content.DATA if is_data else Content.ZERO
             extents.append(Extent(start, run, content, start, None, writable, allocated=is_data))
             start += run
@@ -91,6 +90,13 @@ class DescriptorNode(Node):
     def flush_target(self) -> Storage | None:
         return self.storage
 
+    def grow(self, length: int) -> bool:
+        if self.storage.is_block_device or not self.storage.writable:
+            return False
+        self.storage.grow(length)
+        self.length = align_up(self.storage.size, SECTOR)
+        return True
+
     async def resize(self, length: int) -> None:
         storage = self.storage
         if storage.is_block_device:
@@ -115,7 +121,7 @@ class DescriptorNode(Node):
         storage: Storage | None = getattr(self, "storage", None)  # opening may have failed before there was one
         if storage is None:
             return
-        await storage.in_flight.idle()
+        await storage.idle()
         try:
             await storage.aflush()
         except OSError as error:

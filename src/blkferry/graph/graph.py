@@ -152,6 +152,7 @@ class Graph:
         self.nodes[name] = node
         try:
             await node.open(opening)
+            await permissions.settle_children(node)
         except BaseException:
             await self._close(node)
             raise
@@ -199,13 +200,19 @@ class Graph:
 
     async def _close(self, node: Node) -> None:
         self.nodes.pop(node.name, None)
-        for edge in list(node.children.values()):
+        try:
+            await node.services.run(node.close())  # it may still write, so it needs its children as they are
+        finally:
+            await self._let_go(node, list(node.children.values()))
+
+    async def _let_go(self, node: Node, edges: list[Edge]) -> None:
+        """End the use that `node` makes of children, and close those that were only there for it."""
+        for edge in edges:
             if edge.used or edge.shared != ALL:
                 await node.services.run(permissions.change(edge, NONE, ALL))
             edge.node.parents.remove(edge)
-        children = [edge.node for edge in node.children.values()]
-        await node.services.run(node.close())
-        for child in children:
+            node.children.pop(edge.role, None)
+        for child in [edge.node for edge in edges]:
             if child.implicit and not child.parents:
                 await self._close(child)
 
@@ -248,6 +255,8 @@ class Graph:
             for user in users:
                 await user.pause()
                 paused.append(user)
+            for member in tree:
+                await old.run(member.pause())
             for member in tree:
                 member.move(services)
         finally:

@@ -60,16 +60,24 @@ class Node:
     # Where bytes live ------------------------------------------------------------------------------------------
 
     def lookup(self, start: int, length: int, effort: Effort) -> list[Extent] | None:
-        """Extents for the range, in order and without gaps; None (a MISS) when metadata must be loaded first."""
+        """Extents from `start`, in order and without gaps, over `length` bytes at most (see `extent`).
+
+        None (a MISS) when metadata must be loaded before even the first can be told.
+        """
         raise NotImplementedError
 
     async def load(self, start: int, length: int) -> None:
-        """Bring in the metadata that a MISS asked for."""
+        """Bring in the metadata that a MISS for this range asked for. Raises OSError."""
 
-    def retire(self) -> None:
-        """Tell everybody above that what lookups said before is no longer so."""
+    def retire(self, start: int = 0, end: int | None = None) -> None:
+        """Tell everybody above that what lookups said before about a range (all of the node) is no longer so."""
         for parent in self.parents:
-            parent.user.retire()
+            parent.user.child_retired(parent.role, start, end)
+
+    def child_retired(self, role: str, start: int, end: int | None) -> None:
+        """A child's `retire`; what that means for this node is for its driver to know."""
+        del role, start, end
+        self.retire()
 
     # Bytes only the driver can produce -------------------------------------------------------------------------
 
@@ -82,6 +90,11 @@ class Node:
         """Take `view` where lookups name no place for it."""
         del start, view
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    def write_now(self, start: int, view: memoryview) -> bool:
+        """`write`, if it can be done within a turn of the loop; tells whether it was. Raises OSError."""
+        del start, view
+        return False
 
     @property
     def detects_zeroes(self) -> BlockdevDetectZeroesOptions:
@@ -110,18 +123,29 @@ class Node:
         await self._on_children(start, length, lambda node, at, n: node.prefetch(at, n))
 
     async def _on_children(self, start: int, length: int, act: Callable[[Node, int, int], Any]) -> None:
-        extents = self.lookup(start, length, Effort.PLACE)
-        while extents is None:
-            await self.load(start, length)
-            extents = self.lookup(start, length, Effort.PLACE)
-        for extent in extents:
-            if extent.content is Content.DATA and extent.child is not None:
-                await act(self.children[extent.child].node, extent.offset, extent.length)
+        end = start + length
+        while start < end:
+            extents = self.lookup(start, end - start, Effort.PLACE)
+            if extents is None:
+                await self.load(start, end - start)
+                continue
+            for extent in extents:
+                if extent.content is Content.DATA and extent.child is not None:
+                    await act(self.children[extent.child].node, extent.offset, extent.length)
+                start += extent.length
 
     async def flush(self) -> None:
         """Make everything written so far durable."""
         for edge in self.children.values():
             await edge.node.flush()
+
+    def grow(self, length: int) -> bool:
+        """Become at least `length` bytes long at once, if that is all it takes for new bytes to read as zeroes.
+
+        False when it cannot be done like that. Raises OSError.
+        """
+        del length
+        return False
 
     async def resize(self, length: int) -> None:
         """Change `length` (bytes)."""
@@ -161,8 +185,11 @@ class Node:
         """The storage whose own flush is all that `flush` does, if there is one: FUA needs no more then."""
         return None
 
+    async def pause(self) -> None:
+        """Finish what the node does on its own account; called when no user has anything in flight."""
+
     def move(self, services: Services) -> None:
-        """Live on another loop. Nothing may be in flight."""
+        """Live on another loop. Nothing may be in flight, and `pause` has been awaited."""
         self.services = services
         if self.storage is not None:
             self.storage.move(services)

@@ -24,8 +24,8 @@ class User(Protocol):
     def describe(self) -> str:
         """For messages: "node 'top'", "export 'e1'"."""
 
-    def retire(self) -> None:
-        """Answers of earlier lookups may no longer be used."""
+    def child_retired(self, role: str, start: int, end: int | None) -> None:
+        """What earlier lookups said of a range of the child `role` may no longer be used; `end` None is its end."""
 
 
 class Edge:
@@ -59,6 +59,15 @@ async def change(edge: Edge, used: Permission, shared: Permission) -> None:
         for changed, _, _ in undo:
             await changed.node.permissions_changed(*cumulative(changed.node))
         raise
+
+
+async def settle_children(node: Node) -> None:
+    """Give the children of `node` the permissions it needs now: for a node that has just got them. Raises Error."""
+    total_used, total_shared = cumulative(node)
+    for child in list(node.children.values()):
+        wanted = node.child_permissions(child.role, total_used, total_shared)
+        if wanted != (child.used, child.shared):
+            await change(child, *wanted)
 
 
 async def _apply(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 
 class InFlight:
@@ -35,11 +35,73 @@ class InFlight:
             await waiter
 
 
+class Uses:
+    """Operations on places that a lookup named earlier: before a place means something else, they must have ended.
+
+    New ones may begin all the time, so nobody can wait for there to be none. They are counted by epochs instead: who
+    waits opens a new epoch, and goes on when the older ones are over.
+    """
+
+    __slots__ = ("_counts", "_epoch", "_waiters", "count")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._epoch = 0
+        self._counts: dict[int, int] = {}
+        self._waiters: list[tuple[int, Callable[[], None]]] = []
+
+    def begin(self) -> int:
+        """Count one more; `end` takes what this returns."""
+        epoch = self._epoch
+        self.count += 1
+        self._counts[epoch] = self._counts.get(epoch, 0) + 1
+        return epoch
+
+    def end(self, epoch: int) -> None:
+        """The operation whose `begin` returned `epoch` is over."""
+        self.count -= 1
+        left = self._counts[epoch] - 1
+        if left:
+            self._counts[epoch] = left
+            return
+        del self._counts[epoch]
+        if self._waiters:
+            oldest = min(self._counts, default=self._epoch)
+            ready = [callback for (until, callback) in self._waiters if until <= oldest]
+            self._waiters = [waiter for waiter in self._waiters if waiter[0] > oldest]
+            for callback in ready:
+                callback()
+
+    def after(self, callback: Callable[[], None]) -> None:
+        """Have `callback` called when everything that has begun by now is over; at once if nothing has."""
+        if not self.count:
+            callback()
+            return
+        self._epoch += 1
+        self._waiters.append((self._epoch, callback))
+
+    async def settle(self) -> None:
+        """Wait until everything that has begun by now is over."""
+        if self.count:
+            settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self.after(lambda: None if settled.done() else settled.set_result(None))
+            await settled
+
+    async def idle(self) -> None:
+        """Wait until nothing is going on."""
+        while self.count:
+            await self.settle()
+
+
 class RangeLock:
     """Holders of overlapping ranges go one after the other, in the order they came."""
 
     def __init__(self) -> None:
         self._held: list[tuple[int, int, asyncio.Future[None]]] = []
+
+    def busy(self, start: int, end: int) -> bool:
+        """Whether somebody holds, or waits for, a part of the range."""
+        return any(s < end and start < e for (s, e, _) in self._held)
 
     @contextlib.asynccontextmanager
     async def hold(self, start: int, end: int) -> AsyncIterator[None]:

@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Callable
 
 from blkferry.plane import syscalls
 from blkferry.plane.buffers import Buffer
-from blkferry.plane.drain import InFlight, RangeLock
+from blkferry.plane.drain import InFlight, RangeLock, Uses
 from blkferry.plane.engine import Done, Engine
 from blkferry.plane.services import Services
 from blkferry.plane.window import Window
@@ -42,6 +42,9 @@ class Storage:
     `alignment` is what offsets and lengths of requests must be multiples of (1 unless O_DIRECT); `remap_alignment` the
     same for discard and zeroes. `inline_read_flags` are the preadv flags with which a read cannot sleep on the disk, or
     None when there are none. `size` is in bytes, as last seen.
+
+    `readers` and `writers` count who moves bytes from and to places of this storage: a place may be given to somebody
+    else only after those have ended who might still use it.
     """
 
     def __init__(
@@ -56,7 +59,8 @@ class Storage:
         self.dirty = 1
         self._flushed = 0
         self._flush_error = 0
-        self.in_flight = InFlight()
+        self.readers = Uses()
+        self.writers = Uses()
         self._fast_writes = InFlight()
         self._edge_writers = 0
         self.inline_writes_from = 0.0  # monotonic seconds: until then the kernel throttles writers, who must not sleep
@@ -97,6 +101,13 @@ class Storage:
         """Ask the kernel for the size again, in bytes."""
         self.size = os.lseek(self.fd, 0, os.SEEK_END)
         return self.size
+
+    def grow(self, size: int) -> None:
+        """Let the file be `size` bytes long, at least; what is new reads as zeroes. Raises OSError."""
+        if size > self.refresh_size():
+            os.ftruncate(self.fd, size)
+            self.size = size
+            self.dirty += 1
 
     def window(self) -> Window | None:
         """The mapping that hot reads are sent from, None where there is none: O_DIRECT, remote or odd file systems."""
@@ -165,22 +176,22 @@ class Storage:
 
     def read(self, buffer: Buffer, start: int, length: int, offset: int, done: Done) -> None:
         """Read into a buffer by the engine; `done` gets the count (short only at the end of the file) or -errno."""
-        self.in_flight.begin()
+        use = self.readers.begin()
 
         def finish(result: int) -> None:
-            self.in_flight.end()
+            self.readers.end(use)
             done(result)
 
         self.engine.read(self.fd, buffer, start, length, offset, finish)
 
     def write(self, buffer: Buffer, start: int, length: int, offset: int, fua: bool, done: Done) -> None:
         """Write from a buffer by way of the engine; with `fua` the bytes are durable when `done` is called."""
-        self.in_flight.begin()
+        use = self.writers.begin()
         flags = os.RWF_DSYNC if fua and not self.no_flush else 0
 
         def finish(result: int) -> None:
             self.dirty += 1
-            self.in_flight.end()
+            self.writers.end(use)
             done(result)
 
         self.engine.write(self.fd, buffer, start, length, offset, flags, finish)
@@ -197,11 +208,11 @@ class Storage:
         if self.no_flush or self._flushed == self.dirty:
             done(0)
             return
-        self.in_flight.begin()
+        use = self.readers.begin()
         covered = self.dirty
 
         def finish(result: int) -> None:
-            self.in_flight.end()
+            self.readers.end(use)
             if result >= 0:
                 self._flushed = max(self._flushed, covered)
             elif -result in _NO_CACHE_ERRORS:
@@ -212,16 +223,23 @@ class Storage:
 
     def fallocate(self, mode: int, offset: int, length: int, done: Done) -> None:
         """fallocate(2) by way of the engine; `done` gets 0 or -errno."""
-        self.in_flight.begin()
+        use = self.writers.begin()
         self._holes_may_come()
 
         def finish(result: int) -> None:
             self.dirty += 1
             self._holes_may_come()
-            self.in_flight.end()
+            self.writers.end(use)
             done(result)
 
         self.engine.fallocate(self.fd, mode, offset, length, finish)
+
+    def write_now(self, view: memoryview, offset: int) -> None:
+        """Write into the page cache, from within a turn. Not for O_DIRECT. Raises OSError."""
+        self.dirty += 1  # at once: a flush may follow in this very turn
+        done = os.pwritev(self.fd, (view,), offset)
+        while done < len(view):
+            done += os.pwritev(self.fd, (view[done:],), offset + done)
 
     # Unaligned writes (O_DIRECT) -------------------------------------------------------------------------------
 
@@ -288,6 +306,11 @@ class Storage:
         if result < 0:
             raise OSError(-result, os.strerror(-result))
         return result
+
+    async def idle(self) -> None:
+        """Wait until nothing is in flight."""
+        await self.readers.idle()
+        await self.writers.idle()
 
     def close(self) -> None:
         """Close the descriptor. Nothing may be in flight."""

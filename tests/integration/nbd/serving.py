@@ -57,7 +57,7 @@ def in_flight(daemon) -> dict[str, int]:
             counts[f"clients of {export.name}"] = len(export.clients)
             counts[f"requests of {export.name}"] = export.root.in_flight.count
     for name, node in daemon.graph.nodes.items():
-        counts[f"node {name}"] = node.storage.in_flight.count if node.storage else 0
+        counts[f"node {name}"] = node.storage.readers.count + node.storage.writers.count if node.storage else 0
     return {what: count for what, count in counts.items() if count}
 
 

@@ -89,8 +89,9 @@ class NbdExport(Export):
             hint=f"Use mode='hard' to force client disconnect. Connected: {peers}.",
         )
 
-    def retired(self) -> None:
+    def retired(self, start: int, end: int | None) -> None:
         """The node says that earlier lookups are void."""
+        del start, end
         for client in list(self.clients):
             client.invalidate()
 

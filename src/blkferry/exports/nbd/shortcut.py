@@ -29,7 +29,7 @@ def find(root: Root, size: int, *, writable: bool) -> Shortcut | None:
         return None
     (run,) = runs
     storage = run.storage
-    if run.content is not Content.DATA or storage is None:
+    if run.content is not Content.DATA or storage is None or run.length < size:
         return None
     in_place = writable and run.in_place and not root.detects_zeroes and root.node.flush_target() is storage
     return Shortcut(storage, run.offset, run.length, run.length if in_place else 0)
