@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version as distribution_version
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from blkferry.daemon import commands, images
 from blkferry.daemon.chardev import Chardev
@@ -25,9 +25,14 @@ from blkferry.errors import Error, ErrorKind
 from blkferry.exports.nbd import NbdServer
 from blkferry.graph import registry
 from blkferry.graph.graph import Graph, well_formed
+from blkferry.jobs.jobs import Jobs
+from blkferry.objects.base import BlkObject
+from blkferry.objects.iothread import Iothread
+from blkferry.objects.secret import Secret
 from blkferry.plane.services import Services
 from blkferry.schema.block import BlockdevOptions
 from blkferry.schema.control import MonitorMode, MonitorOptions
+from blkferry.schema.create import BlockdevCreateOptions, unable
 from blkferry.schema.export import BlockExportOptions, BlockExportOptionsNbd, BlockExportRemoveMode
 from blkferry.schema.qapi import Struct, variants
 from blkferry.schema.qom import ObjectOptions
@@ -35,9 +40,6 @@ from blkferry.schema.registry import COMMANDS, EVENTS
 from blkferry.schema.sockets import SocketAddress, SocketAddressInet, SocketAddressUnix
 from blkferry.schema.visit import dump, visit
 from blkferry.wire.nbd.uri import tcp_uri, unix_uri
-
-if TYPE_CHECKING:
-    from blkferry.objects.iothread import Iothread
 
 log = logging.getLogger(__name__)
 
@@ -63,13 +65,14 @@ class Daemon:
         self._stopping: asyncio.Task[None] | None = None
         self._hurry = asyncio.Event()
         self._clients_held = False
-        self.objects: dict[str, Iothread] = {}
+        self.objects: dict[str, BlkObject] = {}
         self.chardevs: dict[str, Chardev] = {}
         self.monitors: list[Monitor] = []
         self.nbd_server: NbdServer | None = None
         self._nbd_listener: Listener | None = None
         self._nbd_lock = asyncio.Lock()
         self.exports = Exports(self)
+        self.jobs = Jobs(self.emit)
         self._private_directory: tempfile.TemporaryDirectory[str] | None = None
         self.finished = asyncio.Event()
         """Set by `quit`: whoever runs the daemon should call `stop`."""
@@ -85,7 +88,8 @@ class Daemon:
         """Make the daemon usable, on the running loop."""
         load_branches()
         self.services = Services(asyncio.get_running_loop(), engine=self._engine)
-        self.graph = Graph(self.services)
+        self.graph = Graph(self.services, self._emit_from_anywhere)
+        self.graph.secret = self.secret
 
     async def stop(self, *, patience: float = DRAIN_SECONDS) -> None:
         """End in order: no new clients, answer the old ones for at most `patience` seconds, flush and close everything.
@@ -103,6 +107,7 @@ class Daemon:
             self.nbd_server.stop_listening()
         await self.exports.remove_all(patience=patience, hurry=self._hurry)
         await self.stop_nbd_server()
+        await self.jobs.close()
         for user in list(self.graph.users):
             if isinstance(user, Disk):
                 await user.close()
@@ -111,8 +116,8 @@ class Daemon:
         for chardev in self.chardevs.values():
             chardev.stop()
         await self.graph.close()
-        for thread in self.objects.values():
-            await thread.stop()
+        for thing in self.objects.values():
+            await thing.stop()
         self.services.close()
         if self._private_directory is not None:
             self._private_directory.cleanup()
@@ -162,6 +167,10 @@ class Daemon:
         assert name in EVENTS
         for callback in list(self._subscribers.values()):
             callback(name, data)
+
+    def _emit_from_anywhere(self, name: str, data: dict[str, object]) -> None:
+        """`emit`, for nodes, which may live on other loops."""
+        self.services.loop.call_soon_threadsafe(self.emit, name, data)
 
     # For Python programs ---------------------------------------------------------------------------------------
 
@@ -293,8 +302,8 @@ class Daemon:
         kind = registry.load("objects", options.qom_type)
         if kind is None:
             raise Error(ErrorKind.NOT_FOUND, f"invalid object type: {options.qom_type}")
-        thing: Iothread = kind(options)
-        await thing.start(self._engine)
+        thing: BlkObject = kind(options)
+        await thing.start(self.graph, self._engine)
         self.objects[options.id] = thing
 
     async def remove_object(self, object_id: str) -> None:
@@ -306,9 +315,7 @@ class Daemon:
                 f"object '{object_id}' not found",
                 hint=f"Known objects: {', '.join(self.objects)}." if self.objects else "There are no objects.",
             )
-        users = [node.describe() for node in self.graph.nodes.values() if node.services is thing.services]
-        users += [user.root.describe() for user in self.graph.users if user.root.services is thing.services]
-        if users:
+        if users := list(thing.users(self.graph)):
             raise Error(
                 ErrorKind.BUSY,
                 f"object '{object_id}' is in use, can not be deleted",
@@ -320,13 +327,27 @@ class Daemon:
     def iothread(self, object_id: str) -> Iothread:
         """The iothread of this name; raises Error(NOT_FOUND)."""
         thing = self.objects.get(object_id)
-        if thing is None:
+        if not isinstance(thing, Iothread):
             raise Error(
                 ErrorKind.NOT_FOUND,
                 f'iothread "{object_id}" not found',
-                hint=f"Known iothreads: {', '.join(self.objects)}." if self.objects else "Create it with object-add.",
+                hint=self._list_objects(Iothread) or "Create it with object-add.",
             )
         return thing
+
+    def secret(self, object_id: str) -> bytes:
+        """What the secret of this name keeps; raises Error(NOT_FOUND) or Error(INVALID_ARGUMENT)."""
+        thing = self.objects.get(object_id)
+        if isinstance(thing, Secret):
+            return thing.value
+        hint = self._list_objects(Secret) or "Create it with object-add."
+        if thing is None:
+            raise Error(ErrorKind.NOT_FOUND, f"No secret with id '{object_id}'", hint=hint)
+        raise Error(ErrorKind.INVALID_ARGUMENT, f"Object with id '{object_id}' is not a secret", hint=hint)
+
+    def _list_objects(self, kind: type[BlkObject]) -> str:
+        names = ", ".join(name for name, thing in self.objects.items() if isinstance(thing, kind))
+        return f"Known {kind.kind}s: {names}." if names else ""
 
 
 @dataclass(frozen=True)
@@ -359,6 +380,7 @@ def uri_of(address: SocketAddress, name: str) -> str:
 
 def load_branches() -> None:
     """Let the schema's open unions find what entry points contribute."""
+    variants(BlockdevCreateOptions).loader = _load_creators
     for union, group in ((BlockdevOptions, "drivers"), (BlockExportOptions, "exports"), (ObjectOptions, "objects")):
         variants(union).loader = _loader(group)
 
@@ -369,3 +391,10 @@ def _loader(group: str) -> Callable[[str | None], None]:
             registry.load(group, each)
 
     return load
+
+
+def _load_creators(name: str | None) -> None:
+    for each in registry.plugins("drivers"):
+        if name in (None, each):
+            registry.load("drivers", each)
+            unable(each)

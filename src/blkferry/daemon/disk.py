@@ -33,7 +33,7 @@ class Disk:
         self._operations = InFlight()
         self._movable = asyncio.Event()
         self._movable.set()
-        self._owns_node = owns_node
+        self._owned = root.node if owns_node else None  # not always the one it uses: an overlay may come
         self.writable = writable
 
     @classmethod
@@ -131,8 +131,8 @@ class Disk:
         async with self._graph.changing:
             self._graph.users.remove(self)
             await self.root.services.run(self.root.detach())
-        node = self.root.node
-        if self._owns_node and not node.parents and self._graph.nodes.get(node.name) is node:
+        node = self._owned
+        if node is not None and not node.parents and self._graph.nodes.get(node.name) is node:
             await self._graph.remove(node.name)
 
     async def __aenter__(self) -> Self:

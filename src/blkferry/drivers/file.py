@@ -12,15 +12,23 @@ import os
 import stat
 from typing import Annotated, ClassVar, Literal
 
+import msgspec
+
+from blkferry.drivers.file_create import BlockdevCreateOptionsFile, create_file
 from blkferry.errors import Error, ErrorKind
 from blkferry.graph.descriptor import DescriptorNode
-from blkferry.graph.graph import Opening
-from blkferry.graph.permissions import ALL, NONE, Permission
+from blkferry.graph.graph import Graph, Opening
+from blkferry.graph.permissions import ALL, NONE, Permission, cumulative
+from blkferry.graph.reopen import Reopening
 from blkferry.plane import locks
 from blkferry.plane.storage import Storage
 from blkferry.schema.block import BlockdevOptions
 from blkferry.schema.common import OnOffAuto
+from blkferry.schema.create import BlockdevCreateOptions
+from blkferry.schema.image import ImageInfo, ImageInfoSpecificFile
 from blkferry.schema.qapi import Doc, branch
+
+_CHANGES = Permission.WRITE | Permission.WRITE_UNCHANGED | Permission.RESIZE
 
 
 class BlockdevAioOptions(enum.StrEnum):
@@ -66,16 +74,21 @@ class File(DescriptorNode):
 
     driver: ClassVar[str] = "file"
     options_type: ClassVar[type[BlockdevOptions]] = BlockdevOptionsFile
+    create_options: ClassVar[type[BlockdevCreateOptions] | None] = BlockdevCreateOptionsFile
+    reopenable: ClassVar[frozenset[str]] = frozenset({"drop-cache"})
     options: FileOptionsBase
     _lock: locks.ImageLock | None = None
+
+    @classmethod
+    async def create(cls, graph: Graph, options: BlockdevCreateOptions) -> None:
+        del graph
+        assert isinstance(options, BlockdevCreateOptionsFile)
+        await create_file(options)
 
     async def open(self, opening: Opening) -> None:
         options = self.options
         if options.aio is BlockdevAioOptions.NATIVE and not opening.cache.direct:
-            raise Error(
-                ErrorKind.INVALID_ARGUMENT,
-                "aio=native was specified, but it requires cache.direct=on, which was not specified.",
-            )
+            raise _native_needs_direct()
         if (
             options.aio in (BlockdevAioOptions.IO_URING, BlockdevAioOptions.NATIVE)
             and self.services.engine.name != "io_uring"
@@ -120,12 +133,7 @@ class File(DescriptorNode):
             except OSError as error:
                 if error.errno != errno.EINVAL or not self._direct:
                     raise
-                raise Error(
-                    ErrorKind.UNSUPPORTED,
-                    f"Could not open '{path}': its file system has no O_DIRECT",
-                    hint="Use cache.direct=off.",
-                    path=path,
-                ) from error
+                raise _no_direct(path) from error
         except OSError as error:
             hint = ""
             if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM) and self._writable_descriptor:
@@ -149,29 +157,49 @@ class File(DescriptorNode):
     # Permissions and locks -------------------------------------------------------------------------------------
 
     async def permissions_changed(self, used: Permission, shared: Permission) -> None:
-        changes = Permission.WRITE | Permission.WRITE_UNCHANGED | Permission.RESIZE
-        if used & changes and not self.storage.writable:
+        if used & _CHANGES and not self.storage.writable:
             await self._reopen(writable=True)
         await self.services.in_thread(self._apply_locks, used, shared)
-        if not used & changes and self.storage.writable and self._auto_read_only:
+        if not used & _CHANGES and self.storage.writable and (self._auto_read_only or self.read_only):
             await self._reopen(writable=False)
 
     async def _reopen(self, *, writable: bool) -> None:
-        mode = os.O_RDWR if writable else os.O_RDONLY
-        try:
-            # By descriptor, not by name: it is the same file even if the name means another one by now.
-            fd = await self.services.in_thread(
-                os.open, f"/proc/self/fd/{self.storage.fd}", mode | os.O_CLOEXEC | self._direct
-            )
-        except OSError as error:
-            raise Error.from_oserror(
-                f"Could not open '{self.options.filename}' for writing",
-                error,
-                path=self.options.filename,
-                node=self.name,
-            ) from error
+        fd = await self._open_again(writable=writable, direct=self._direct)
         self.storage.replace(fd, writable=writable)
         self.retire()
+
+    async def _open_again(self, *, writable: bool, direct: int) -> int:
+        """Another descriptor of the file. By descriptor, not by name, which may mean another file by now."""
+        flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | direct
+        path = self.options.filename
+        try:
+            return await self.services.in_thread(os.open, f"/proc/self/fd/{self.storage.fd}", flags)
+        except OSError as error:
+            if error.errno == errno.EINVAL and direct:
+                raise _no_direct(path) from error
+            purpose = " for writing" if writable else ""
+            raise Error.from_oserror(f"Could not open '{path}'{purpose}", error, path=path, node=self.name) from error
+
+    async def reopen_prepare(self, reopening: Reopening) -> None:
+        if not reopening.cache.direct and self.options.aio is BlockdevAioOptions.NATIVE:
+            raise _native_needs_direct()
+        direct = os.O_DIRECT if reopening.cache.direct else 0
+        used, _ = cumulative(self)
+        writable = not reopening.read_only and (not reopening.auto_read_only or bool(used & _CHANGES))
+        if direct != self._direct or writable != self.storage.writable:
+            reopening.prepared = await self._open_again(writable=writable, direct=direct), writable, direct
+
+    async def reopen_commit(self, reopening: Reopening) -> None:
+        self._auto_read_only = reopening.auto_read_only
+        self.storage.no_flush = reopening.cache.no_flush
+        if reopening.prepared is not None:
+            fd, writable, self._direct = reopening.prepared
+            self.storage.replace(fd, writable=writable, direct=bool(self._direct))
+            self.adopt(self.storage)
+
+    async def reopen_abort(self, reopening: Reopening) -> None:
+        if reopening.prepared is not None:
+            os.close(reopening.prepared[0])
 
     def _apply_locks(self, used: Permission, shared: Permission) -> None:
         if self.options.locking is OnOffAuto.OFF or self.options.force_share:
@@ -194,7 +222,26 @@ class File(DescriptorNode):
     def filename(self) -> str:
         return self.options.filename
 
+    def image_info(self) -> ImageInfo:
+        return msgspec.structs.replace(super().image_info(), format_specific=ImageInfoSpecificFile())
+
     async def close(self) -> None:
         if self._lock is not None:
             self._lock.close()
         await super().close()
+
+
+def _native_needs_direct() -> Error:
+    return Error(
+        ErrorKind.INVALID_ARGUMENT,
+        "aio=native was specified, but it requires cache.direct=on, which was not specified.",
+    )
+
+
+def _no_direct(path: str) -> Error:
+    return Error(
+        ErrorKind.UNSUPPORTED,
+        f"Could not open '{path}': its file system has no O_DIRECT",
+        hint="Use cache.direct=off.",
+        path=path,
+    )

@@ -8,7 +8,10 @@ from typing import ClassVar, Literal
 
 from blkferry.drivers.file import File, FileOptionsBase
 from blkferry.errors import Error, ErrorKind
+from blkferry.graph.node import Node
 from blkferry.schema.block import BlockdevOptions
+from blkferry.schema.create import BlockdevCreateOptions
+from blkferry.schema.image import ImageInfo
 from blkferry.schema.qapi import branch
 
 
@@ -24,6 +27,10 @@ class HostDevice(File):
 
     driver: ClassVar[str] = "host_device"
     options_type: ClassVar[type[BlockdevOptions]] = BlockdevOptionsHostDevice
+    create_options: ClassVar[type[BlockdevCreateOptions] | None] = None
+
+    def image_info(self) -> ImageInfo:
+        return Node.image_info(self)
 
     def _check_kind(self, status: os.stat_result) -> None:
         if not stat.S_ISBLK(status.st_mode):

@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from blkferry.errors import Error, ErrorKind
 from blkferry.graph.descriptor import DescriptorNode
 from blkferry.graph.graph import Opening
+from blkferry.graph.reopen import Reopening
 from blkferry.plane.storage import Storage
 from blkferry.schema.block import BlockdevOptions
 from blkferry.schema.qapi import EXTENSION, Doc, Size, branch
@@ -38,6 +39,9 @@ class Memory(DescriptorNode):
                 ErrorKind.INVALID_ARGUMENT, f"Cannot make a memory disk of {self.options.size} bytes: {error}"
             ) from error
         self.adopt(Storage(fd, self.services, writable=not opening.read_only))
+
+    async def reopen_commit(self, reopening: Reopening) -> None:
+        self.storage.writable = not reopening.read_only
 
     def filename(self) -> str:
         return f"memory:{self.options.size}"

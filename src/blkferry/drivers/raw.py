@@ -8,6 +8,7 @@ from blkferry.errors import Error, ErrorKind
 from blkferry.extent import Content, Effort, Extent
 from blkferry.graph.graph import Opening
 from blkferry.graph.node import Node
+from blkferry.graph.reopen import Reopening
 from blkferry.plane.storage import Storage
 from blkferry.schema.block import BlockdevOptions, BlockdevRef
 from blkferry.schema.qapi import Doc, branch
@@ -33,34 +34,35 @@ class Raw(Node):
 
     driver: ClassVar[str] = "raw"
     options_type: ClassVar[type[BlockdevOptions]] = BlockdevOptionsRaw
+    reopenable: ClassVar[frozenset[str]] = frozenset({"offset", "size"})
     options: BlockdevOptionsRaw
 
     async def open(self, opening: Opening) -> None:
-        for what, value in (("offset", self.options.offset), ("size", self.options.size)):
-            if value is not None and (value < 0 or value % SECTOR):
-                raise Error(ErrorKind.INVALID_ARGUMENT, f"Specified {what} is not multiple of {SECTOR}", value=value)
+        _check_multiples(self.options)
         child = await opening.child(self, "file", self.options.file)
+        _check_window(self.options, child.length)
         self._offset = self.options.offset or 0
-        available = child.length - self._offset
-        if available < 0:
-            raise Error(
-                ErrorKind.INVALID_ARGUMENT,
-                f"Offset ({self._offset}) cannot be greater than size of the containing file ({child.length})",
-            )
-        if self.options.size is not None and self.options.size > available:
-            raise Error(
-                ErrorKind.INVALID_ARGUMENT,
-                f"The sum of offset ({self._offset}) and size ({self.options.size}) has to be smaller or equal to the "
-                f"actual size of the containing file ({child.length})",
-            )
         self._measure()
 
     def _measure(self) -> None:
         child = self.children["file"].node
         self.alignment = child.alignment
         self.remap_alignment = child.remap_alignment
-        available = align_down(max(child.length - self._offset, 0), SECTOR)
-        self.length = available if self.options.size is None else min(self.options.size, available)
+        self.length = _window_length(self.options, child.length)
+
+    async def reopen_prepare(self, reopening: Reopening) -> None:
+        options, child = reopening.options, reopening.child("file")
+        assert isinstance(options, BlockdevOptionsRaw)
+        if child is None:
+            raise Error(ErrorKind.INVALID_ARGUMENT, "Cannot change the option 'file'", hint="A raw node has a file.")
+        _check_multiples(options)
+        _check_window(options, child.length)
+        reopening.length = _window_length(options, child.length)
+
+    async def reopen_commit(self, reopening: Reopening) -> None:
+        del reopening
+        self._offset = self.options.offset or 0
+        self._measure()
 
     def lookup(self, start: int, length: int, effort: Effort) -> list[Extent] | None:
         del effort
@@ -87,3 +89,30 @@ class Raw(Node):
             return
         self._measure()
         self.retire()
+
+
+def _check_multiples(options: BlockdevOptionsRaw) -> None:
+    for what, value in (("offset", options.offset), ("size", options.size)):
+        if value is not None and (value < 0 or value % SECTOR):
+            raise Error(ErrorKind.INVALID_ARGUMENT, f"Specified {what} is not multiple of {SECTOR}", value=value)
+
+
+def _check_window(options: BlockdevOptionsRaw, containing: int) -> None:
+    """Raise Error unless the window lies in the `containing` bytes."""
+    offset = options.offset or 0
+    if offset > containing:
+        raise Error(
+            ErrorKind.INVALID_ARGUMENT,
+            f"Offset ({offset}) cannot be greater than size of the containing file ({containing})",
+        )
+    if options.size is not None and options.size > containing - offset:
+        raise Error(
+            ErrorKind.INVALID_ARGUMENT,
+            f"The sum of offset ({offset}) and size ({options.size}) has to be smaller or equal to the "
+            f"actual size of the containing file ({containing})",
+        )
+
+
+def _window_length(options: BlockdevOptionsRaw, containing: int) -> int:
+    available = align_down(max(containing - (options.offset or 0), 0), SECTOR)
+    return available if options.size is None else min(options.size, available)

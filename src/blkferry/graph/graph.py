@@ -9,13 +9,15 @@ from __future__ import annotations
 import asyncio
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from blkferry.errors import Error, ErrorKind
 from blkferry.graph import permissions, registry
-from blkferry.graph.node import Node, depends_on
+from blkferry.graph.access import BACKING
+from blkferry.graph.node import EventSink, Node, depends_on, ignore_event
 from blkferry.graph.permissions import ALL, NONE, Edge
 from blkferry.graph.root import Root
 from blkferry.schema.block import (
@@ -40,6 +42,61 @@ def well_formed(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
+class Parent(Protocol):
+    """The settings of a node that its inline children take over."""
+
+    @property
+    def read_only(self) -> bool: ...
+
+    @property
+    def cache(self) -> BlockdevCacheOptions: ...
+
+
+class Settings(NamedTuple):
+    """What the options that all drivers share amount to."""
+
+    read_only: bool
+    auto_read_only: bool
+    cache: BlockdevCacheOptions
+    unmaps: bool
+
+
+def settle(options: BlockdevOptions, parent: Parent | None) -> Settings:
+    """The settings of a node, which is the inline child of `parent` if there is one. Raises Error."""
+    read_only = options.read_only or (parent is not None and parent.read_only)
+    if options.force_share and not read_only:
+        raise Error(
+            ErrorKind.INVALID_ARGUMENT,
+            "force-share=on can only be used with read-only images",
+            hint="Add read-only=on.",
+        )
+    if not options.active:
+        raise Error(ErrorKind.UNSUPPORTED, "Inactive nodes are not supported", hint="Leave active out.")
+    unmaps = options.discard is BlockdevDiscardOptions.UNMAP
+    if options.detect_zeroes is BlockdevDetectZeroesOptions.UNMAP and not unmaps:
+        raise Error(
+            ErrorKind.INVALID_ARGUMENT,
+            "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap",
+            hint="Add discard=unmap, or use detect-zeroes=on.",
+        )
+    if parent is not None:
+        unmaps = options.discard is not BlockdevDiscardOptions.IGNORE  # the parent decides
+    cache = options.cache or (parent.cache if parent else BlockdevCacheOptions())
+    return Settings(read_only, options.auto_read_only or parent is not None, cache, unmaps)
+
+
+class Inherited(NamedTuple):
+    """The settings that an inline child takes over."""
+
+    read_only: bool
+    cache: BlockdevCacheOptions
+
+
+def inherited(parent: Parent, role: str) -> Inherited:
+    """The settings that the inline child `role` of a node takes over: a backing file is only read."""
+    return Inherited(parent.read_only or role == BACKING, parent.cache)
+
+
 @dataclass
 class Opening:
     """What a driver is given to open itself with."""
@@ -60,7 +117,7 @@ class Opening:
             if child.services is not node.services:
                 await self.graph.move(child, node.services)
         else:
-            child = await self.graph.open(reference, self)
+            child = await self.graph.open(reference, inherited(self, role), self.depth + 1)
         edge = Edge(node, child, role)
         node.children[role] = edge
         child.parents.append(edge)
@@ -86,24 +143,38 @@ class TreeUser(Protocol):
 class Graph:
     """The nodes of one daemon; new nodes live on `services` until they are moved."""
 
-    def __init__(self, services: Services) -> None:
+    def __init__(self, services: Services, emit: EventSink = ignore_event) -> None:
         self.services = services
+        self.emit = emit  # to be called from any thread
         self.nodes: dict[str, Node] = {}
         self.users: list[TreeUser] = []
         self._numbers = itertools.count(1)
+        self.secret: Callable[[str], bytes] = _no_secret  # what the secret of this id keeps; the daemon sets it
         self.changing = asyncio.Lock()  # held while nodes, edges or permissions change; never while waiting for clients
 
-    def find(self, name: str) -> Node:
-        """The node called `name`; raises Error(NOT_FOUND)."""
+    def find(self, name: str, device: str = "") -> Node:
+        """The node called `name`; raises Error(NOT_FOUND), which says that there is no `device` either."""
         try:
             return self.nodes[name]
         except KeyError:
             raise Error(
                 ErrorKind.NOT_FOUND,
-                f"Cannot find device='' nor node-name='{name}'",
+                f"Cannot find device='{device}' nor node-name='{name}'",
                 hint=_list_names(self.nodes),
                 node=name,
             ) from None
+
+    def registered(self, name: str) -> Node:
+        """The same for commands that take nothing but a node's name, and say so in other words."""
+        node = self.nodes.get(name)
+        if node is None:
+            raise Error(
+                ErrorKind.NOT_FOUND,
+                f"Failed to find node with node-name='{name}'",
+                hint=_list_names(self.nodes),
+                node=name,
+            )
+        return node
 
     async def add(self, options: BlockdevOptions) -> Node:
         """Open the node that `options` describe, with the inline children in them.
@@ -115,52 +186,35 @@ class Graph:
         async with self.changing:
             return await self.open(options, None)
 
-    async def open(self, options: BlockdevOptions, parent: Opening | None) -> Node:
-        """Open one node, as the inline child of the one that `parent` opens if there is one."""
+    async def open(self, options: BlockdevOptions, parent: Parent | None, depth: int = 0) -> Node:
+        """Open one node, as an inline child that takes over the settings of `parent` if that is given."""
         name = self._claim_name(options.node_name)
-        cache = options.cache or (parent.cache if parent else BlockdevCacheOptions())
-        opening = Opening(
-            self,
-            options,
-            read_only=options.read_only or (parent is not None and parent.read_only),
-            auto_read_only=options.auto_read_only or parent is not None,
-            cache=cache,
-            depth=parent.depth + 1 if parent else 0,
-        )
-        if opening.depth > MAX_DEPTH:
+        if depth > MAX_DEPTH:
             raise Error(ErrorKind.INVALID_ARGUMENT, f"Nodes are nested more than {MAX_DEPTH} deep")
-        if options.force_share and not opening.read_only:
-            raise Error(
-                ErrorKind.INVALID_ARGUMENT,
-                "force-share=on can only be used with read-only images",
-                hint="Add read-only=on.",
-            )
-        if not options.active:
-            raise Error(ErrorKind.UNSUPPORTED, "Inactive nodes are not supported", hint="Leave active out.")
-        unmaps = options.discard is BlockdevDiscardOptions.UNMAP
-        if options.detect_zeroes is BlockdevDetectZeroesOptions.UNMAP and not unmaps:
-            raise Error(
-                ErrorKind.INVALID_ARGUMENT,
-                "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap",
-                hint="Add discard=unmap, or use detect-zeroes=on.",
-            )
+        read_only, auto_read_only, cache, unmaps = settle(options, parent)
+        opening = Opening(self, options, read_only, auto_read_only, cache, depth)
         node = registry.driver(options.driver)(name, options, self.services, read_only=opening.read_only)
-        if parent is not None:
-            node.implicit = True
-            node.unmaps = options.discard is not BlockdevDiscardOptions.IGNORE  # the parent decides
+        node.implicit = parent is not None
+        node.unmaps = unmaps
         node.cache = cache
+        node.emit = self.emit
         self.nodes[name] = node
         try:
             await node.open(opening)
             await permissions.settle_children(node)
         except BaseException:
-            await self._close(node)
+            await self.close_node(node)
             raise
         return node
 
     def _claim_name(self, name: str | None) -> str:
         if name is None:
             return f"#block{next(self._numbers):03}"
+        self.check_name(name)
+        return name
+
+    def check_name(self, name: str) -> None:
+        """Raise Error unless a new node may have this name."""
         if len(name.encode()) > MAX_NODE_NAME:
             raise Error(ErrorKind.INVALID_ARGUMENT, "Node name too long", hint=f"At most {MAX_NODE_NAME} bytes.")
         if not well_formed(name):
@@ -171,19 +225,12 @@ class Graph:
             )
         if name in self.nodes:
             raise Error(ErrorKind.EXISTS, f"Duplicate nodes with node-name='{name}'", node=name)
-        return name
 
     async def remove(self, name: str) -> None:
         """Close a node that nothing uses, and the inline children it had."""
         async with self.changing:
-            node = self.nodes.get(name)
-            if node is None:
-                raise Error(
-                    ErrorKind.NOT_FOUND,
-                    f"Failed to find node with node-name='{name}'",
-                    hint=_list_names(self.nodes),
-                    node=name,
-                )
+            node = self.registered(name)
+            refuse_backing(node)
             for parent in node.parents:
                 if parent.role != "root":
                     raise Error(
@@ -196,9 +243,10 @@ class Graph:
                 raise Error(ErrorKind.BUSY, f"Node {name} is in use", hint=f"It is used by {users}.", node=name)
             if node.implicit:
                 raise Error(ErrorKind.BUSY, f"Node {name} is in use", hint="It belongs to another node.", node=name)
-            await self._close(node)
+            await self.close_node(node)
 
-    async def _close(self, node: Node) -> None:
+    async def close_node(self, node: Node) -> None:
+        """Close a node that nothing uses; the caller holds `changing`."""
         self.nodes.pop(node.name, None)
         try:
             await node.services.run(node.close())  # it may still write, so it needs its children as they are
@@ -214,15 +262,15 @@ class Graph:
             node.children.pop(edge.role, None)
         for child in [edge.node for edge in edges]:
             if child.implicit and not child.parents:
-                await self._close(child)
+                await self.close_node(child)
 
     async def close(self) -> None:
         """Flush and close every node; nothing may use them any more. Users go before what they use."""
         for node in reversed(list(self.nodes.values())):
             if node.name in self.nodes and not node.parents:
-                await self._close(node)
+                await self.close_node(node)
         for node in list(self.nodes.values()):  # what is left was held together by a loop of our own bugs
-            await self._close(node)
+            await self.close_node(node)
 
     # Loops -----------------------------------------------------------------------------------------------------
 
@@ -245,23 +293,42 @@ class Graph:
 
     async def move(self, node: Node, services: Services) -> None:
         """Let the tree of `node`, with all exports on it, live on another loop. Connections survive this."""
-        old = node.services
-        if services is old:
+        if services is node.services:
             return
         tree = self.tree_of(node)
-        users = list(self.users_of(tree))
-        paused: list[TreeUser] = []
-        try:
-            for user in users:
-                await user.pause()
-                paused.append(user)
-            for member in tree:
-                await old.run(member.pause())
+        async with self.drained(tree):
             for member in tree:
                 member.move(services)
+
+    @asynccontextmanager
+    async def drained(self, nodes: set[Node]) -> AsyncIterator[None]:
+        """Nothing is in flight on any of these nodes, which are whole trees, and nothing begins."""
+        paused: list[TreeUser] = []
+        try:
+            for user in list(self.users_of(nodes)):
+                await user.pause()
+                paused.append(user)
+            for member in nodes:
+                await member.services.run(member.pause())
+            yield
         finally:
             for user in paused:
                 await user.resume()
+
+
+def refuse_backing(node: Node) -> None:
+    """Raise Error(BUSY) when `node` is the backing file of another one, which could not bear a change of it."""
+    for parent in node.parents:
+        if parent.role == BACKING and isinstance(parent.user, Node):
+            raise Error(
+                ErrorKind.BUSY,
+                f"Node '{node.name}' is busy: node is used as backing hd of '{parent.user.name}'",
+                node=node.name,
+            )
+
+
+def _no_secret(secret_id: str) -> bytes:
+    raise Error(ErrorKind.NOT_FOUND, f"No secret with id '{secret_id}'", hint="There are no secrets here.")
 
 
 def _list_names(nodes: dict[str, Node]) -> str:

@@ -21,14 +21,25 @@ from blkferry.schema.block import (
     BlockdevDiscardOptions,
     BlockdevOptions,
 )
+from blkferry.schema.create import BlockdevCreateOptions
+from blkferry.schema.image import ImageInfo, SnapshotInfo
 
 if TYPE_CHECKING:
-    from blkferry.graph.graph import Opening
+    from blkferry.graph.graph import Graph, Opening
+    from blkferry.graph.reopen import Reopening
     from blkferry.plane.services import Services
     from blkferry.plane.storage import Storage
 
 MAX_TRANSFER = 32 << 20
 """The longest read or write that a node is ever asked for, in bytes. Splitting is the caller's part."""
+
+EventSink = Callable[[str, dict[str, object]], None]
+"""Takes the name and the data of an event."""
+
+
+def ignore_event(name: str, data: dict[str, object]) -> None:
+    """The sink of those whom nobody listens to."""
+    del name, data
 
 
 class Node:
@@ -36,11 +47,19 @@ class Node:
 
     `length` is in bytes; `alignment` is what requests should be multiples of, in bytes (a power of two; other
     requests cost a read first), `remap_alignment` the same for zeroes and discards. `storage` is set on
-    nodes that own a descriptor.
+    nodes that own a descriptor. `emit` tells the daemon of an event, from any thread.
+
+    `create_options` is what the driver needs to know to make an image, None if it makes none. `reopenable` names the
+    options of its own that blockdev-reopen may change. `supports_backing`: it may have a backing child;
+    `supports_snapshots`: it keeps snapshots inside the image.
     """
 
     driver: ClassVar[str]
     options_type: ClassVar[type[BlockdevOptions]]
+    create_options: ClassVar[type[BlockdevCreateOptions] | None] = None
+    reopenable: ClassVar[frozenset[str]] = frozenset()
+    supports_backing: ClassVar[bool] = False
+    supports_snapshots: ClassVar[bool] = False
     storage: Storage | None = None
 
     def __init__(self, name: str, options: BlockdevOptions, services: Services, *, read_only: bool) -> None:
@@ -53,6 +72,7 @@ class Node:
         self.cache = BlockdevCacheOptions()
         self.children: dict[str, Edge] = {}
         self.parents: list[Edge] = []
+        self.emit: EventSink = ignore_event
         self.length = 0
         self.alignment = 1
         self.remap_alignment = 1
@@ -152,6 +172,46 @@ class Node:
         del length
         raise Error(ErrorKind.UNSUPPORTED, "Image format driver does not support resize", node=self.name)
 
+    # Images and snapshots --------------------------------------------------------------------------------------
+
+    @classmethod
+    async def create(cls, graph: Graph, options: BlockdevCreateOptions) -> None:
+        """Make an image; called on the main loop, not under `Graph.changing`. Raises Error."""
+        del graph, options
+        raise Error(ErrorKind.UNSUPPORTED, "Driver does not support blockdev-create", driver=cls.driver)
+
+    async def snapshot_create(self, name: str) -> None:
+        """Make a snapshot inside the image; nothing is in flight, and no other snapshot has this name."""
+        del name
+        raise Error(
+            ErrorKind.UNSUPPORTED,
+            f"Block format '{self.driver}' used by device '{self.name}' does not support internal snapshots",
+            node=self.name,
+        )
+
+    async def snapshot_delete(self, snapshot_id: str | None, name: str | None) -> SnapshotInfo:
+        """Delete the snapshot that has this id or name, or both, which there is; return what it was."""
+        del snapshot_id, name
+        raise Error(ErrorKind.UNSUPPORTED, "Failed to get a snapshot list: Operation not supported", node=self.name)
+
+    async def change_backing_file(self, backing_file: str | None, backing_format: str | None) -> None:
+        """Change what the image says of its backing file; the backing child stays what it is."""
+        del backing_format
+        raise Error(
+            ErrorKind.UNSUPPORTED,
+            f"Could not change backing file to '{backing_file or ''}': Operation not supported",
+            node=self.name,
+        )
+
+    def image_info(self) -> ImageInfo:
+        """What queries tell of the image, without its backing image."""
+        return ImageInfo(
+            filename=self.filename(),
+            format=self.driver,
+            virtual_size=self.length,
+            actual_size=self.allocated_size(),
+        )
+
     # Life ------------------------------------------------------------------------------------------------------
 
     async def open(self, opening: Opening) -> None:
@@ -161,10 +221,31 @@ class Node:
     def describe(self) -> str:
         return f"node '{self.name}'"
 
+    # Other options while in use (see graph.reopen). Nothing is in flight then, from the first of these to the last.
+
+    async def reopen_prepare(self, reopening: Reopening) -> None:
+        """See whether the node can become what `reopening` says, and get what that takes. Raises Error.
+
+        Generic code has checked what the schema tells; `self.options` are still the old ones.
+        """
+
+    async def reopen_commit(self, reopening: Reopening) -> None:
+        """Become that; options, children, cache and read-only have been changed. Must not fail."""
+
+    async def reopen_abort(self, reopening: Reopening) -> None:
+        """Give up what `reopen_prepare` got, which may have failed half-way."""
+
     def child_permissions(self, role: str, used: Permission, shared: Permission) -> tuple[Permission, Permission]:
         """What this node needs of a child, and shares of it, when its own users need and share that."""
-        del role
-        return used, shared
+        from blkferry.graph.access import BACKING
+
+        if role != BACKING:
+            return used, shared
+        others = Permission.WRITE | Permission.RESIZE if shared & Permission.WRITE else Permission(0)
+        return (
+            used & Permission.CONSISTENT_READ,
+            Permission.CONSISTENT_READ | Permission.WRITE_UNCHANGED | others,
+        )
 
     async def permissions_changed(self, used: Permission, shared: Permission) -> None:
         """The users of this node now need and share that; raise Error when it cannot be had."""

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Iterator
 from typing import ClassVar
 
 from blkferry.errors import Error, ErrorKind
+from blkferry.graph.graph import Graph
+from blkferry.objects.base import BlkObject
 from blkferry.plane.loops import new_event_loop
 from blkferry.plane.services import Services
 from blkferry.schema.qom import IothreadProperties, ObjectOptions
 
 
-class Iothread:
+class Iothread(BlkObject):
     """The running thread, and the `services` of its loop."""
 
     kind: ClassVar[str] = "iothread"
@@ -20,8 +23,8 @@ class Iothread:
 
     def __init__(self, options: ObjectOptions) -> None:
         assert isinstance(options, IothreadProperties)
+        super().__init__(options)
         self.options = options
-        self.id = options.id
         self.services: Services
         self._loop: asyncio.AbstractEventLoop
         if options.thread_pool_min > options.thread_pool_max or not options.thread_pool_max:
@@ -31,8 +34,9 @@ class Iothread:
                 hint="thread-pool-max must be at least 1 and not below thread-pool-min.",
             )
 
-    async def start(self, engine: str) -> None:
+    async def start(self, graph: Graph, engine: str) -> None:
         """Start the thread and wait until its loop runs."""
+        del graph
         started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         caller = asyncio.get_running_loop()
 
@@ -64,3 +68,8 @@ class Iothread:
         """End the thread; nothing may live there any more."""
         self._loop.call_soon_threadsafe(self._loop.stop)
         await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
+
+    def users(self, graph: Graph) -> Iterator[str]:
+        """The nodes that live on its loop, and who has them."""
+        yield from (node.describe() for node in graph.nodes.values() if node.services is self.services)
+        yield from (user.root.describe() for user in graph.users if user.root.services is self.services)

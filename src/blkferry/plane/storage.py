@@ -30,6 +30,9 @@ _MEMORY_FILESYSTEMS = frozenset({_TMPFS_MAGIC, 0x858458F6})  # tmpfs (memfd too)
 _LOCAL_FILESYSTEMS = _MEMORY_FILESYSTEMS | {0xEF53, 0x58465342, 0x9123683E, 0x2FC12FC1, 0xF2F52010, 0x794C7630}
 """Where SEEK_HOLE is answered from memory or a local disk (ext, xfs, btrfs, zfs, f2fs, overlay): never by a server."""
 
+_WORTH_MAPPING = 8 << 20
+"""A file that grew by this, and by a quarter, is mapped anew: not for every allocation, as page tables start empty."""
+
 _LARGEST_ALIGNMENT = 4096
 _BLKSSZGET = 0x1268
 
@@ -88,14 +91,19 @@ class Storage:
         self._known_data = (0, 0)
         self._window: Window | None = None
 
-    def replace(self, fd: int, *, writable: bool) -> None:
+    def replace(self, fd: int, *, writable: bool, direct: bool | None = None) -> None:
         """Swap in another descriptor of the same file (re-opened for writing, or back), under the same number.
 
         What is in flight goes on with the old one; what has only been queued takes the new one, which is as good.
+        Nothing may be in flight when that makes it a `direct` one, or no longer one: other alignments hold then.
         """
         os.dup2(fd, self.fd, inheritable=False)
         os.close(fd)
         self.writable = writable
+        if direct is not None and direct is not self.direct:
+            self.direct = direct
+            self.unmap()
+            self._probe()
 
     def refresh_size(self) -> int:
         """Ask the kernel for the size again, in bytes."""
@@ -110,12 +118,20 @@ class Storage:
             self.dirty += 1
 
     def window(self) -> Window | None:
-        """The mapping that hot reads are sent from, None where there is none: O_DIRECT, remote or odd file systems."""
-        if self._window is None and self.inline_read_flags is not None and self.seek_inline and self.size:
-            try:
-                self._window = Window(self.fd, self.size, in_memory=self.in_memory)
-            except (OSError, ValueError, OverflowError):
-                self.seek_inline = False
+        """The mapping that hot reads are sent from, None where there is none: O_DIRECT, remote or odd file systems.
+
+        It is made anew when the file has grown a lot. Whoever still sends slices of the old one keeps that mapped.
+        """
+        window = self._window
+        if window is None:
+            if self.inline_read_flags is None or not self.seek_inline or not self.size:
+                return None
+        elif self.size - window.size < max(window.size >> 2, _WORTH_MAPPING):
+            return window
+        try:
+            self._window = Window(self.fd, self.size, in_memory=self.in_memory)
+        except (OSError, ValueError, OverflowError):
+            self.seek_inline = self.seek_inline and window is not None
         return self._window
 
     def unmap(self) -> None:

@@ -38,6 +38,11 @@ def queued_bytes(fd: int) -> int:
     return int.from_bytes(fcntl.ioctl(fd, termios.FIONREAD, _FOUR_BYTES), sys.byteorder)
 
 
+def unread_bytes(fd: int) -> int:
+    """An upper bound of what the peer of a unix socket has not taken yet; 0 means that it has taken everything."""
+    return int.from_bytes(fcntl.ioctl(fd, termios.TIOCOUTQ, _FOUR_BYTES), sys.byteorder)
+
+
 def fallocate(fd: int, mode: int, offset: int, length: int) -> int:
     """fallocate(2) with a mode (FALLOC_FL_*); the standard library has only mode 0."""
     if _libc.fallocate(fd, mode, offset, length) != 0:

@@ -6,7 +6,8 @@ The options of a driver are a branch of `BlockdevOptions` and live with the driv
 import enum
 from typing import Annotated
 
-from blkferry.schema.qapi import Command, Doc, Named, Struct, union
+from blkferry.schema.image import ImageInfo
+from blkferry.schema.qapi import Command, Doc, Event, Named, Null, Struct, union
 
 
 class BlockdevDiscardOptions(enum.StrEnum):
@@ -54,6 +55,15 @@ class BlockdevOptions(Struct):
 BlockdevRef = Annotated[str | BlockdevOptions, Named("BlockdevRef")]
 """A child: the name of a node, or the options of one that belongs to its parent."""
 
+BlockdevRefOrNull = Annotated[str | BlockdevOptions | Null, Named("BlockdevRefOrNull")]
+"""The same, or no child at all."""
+
+
+class BlockdevReopen(Struct):
+    """Arguments of blockdev-reopen."""
+
+    options: Annotated[list[BlockdevOptions], Doc("the nodes, each with all its options as they shall be", since="6.1")]
+
 
 class BlockdevDel(Struct):
     """Arguments of blockdev-del."""
@@ -73,23 +83,6 @@ class QueryNamedBlockNodes(Struct):
     """Arguments of query-named-block-nodes."""
 
     flat: Annotated[bool, Doc("leave out the backing images of each node", since="5.0")] = False
-
-
-class ImageInfo(Struct):
-    """An image file."""
-
-    filename: Annotated[str, Doc("name of the image file")]
-    format: Annotated[str, Doc("its format")]
-    virtual_size: Annotated[int, Doc("size that a guest sees, in bytes")]
-    actual_size: Annotated[int | None, Doc("space taken on the host, in bytes")] = None
-    dirty_flag: Annotated[bool | None, Doc("the image was not closed cleanly")] = None
-    cluster_size: Annotated[int | None, Doc("bytes per cluster")] = None
-    encrypted: Annotated[bool | None, Doc("the image is encrypted")] = None
-    compressed: Annotated[bool | None, Doc("the image is compressed")] = None
-    backing_filename: Annotated[str | None, Doc("the backing file as the image names it")] = None
-    full_backing_filename: Annotated[str | None, Doc("the same, as a full path")] = None
-    backing_filename_format: Annotated[str | None, Doc("format of the backing file")] = None
-    backing_image: Annotated["ImageInfo | None", Doc("the backing image")] = None
 
 
 class BlockdevCacheInfo(Struct):
@@ -125,8 +118,25 @@ class BlockDeviceInfo(Struct, rename={"node_name": "node-name"}):
     write_threshold: Annotated[int, Doc("offset whose writing is reported, 0 if none", since="2.3", always=True)] = 0
 
 
+class BlockImageCorrupted(Struct):
+    """Data of BLOCK_IMAGE_CORRUPTED."""
+
+    device: Annotated[str, Doc("name of a device; empty, for nodes have none here", since="1.7")]
+    node_name: Annotated[str | None, Doc("the node", since="2.4")] = None
+    msg: Annotated[str, Doc("what is wrong", since="1.7")]
+    offset: Annotated[int | None, Doc("where in the image file, in bytes", since="1.7")] = None
+    size: Annotated[int | None, Doc("how many bytes", since="1.7")] = None
+    fatal: Annotated[bool, Doc("the image can no longer be used until it is repaired", since="1.7")]
+
+
 COMMANDS = (
     Command("blockdev-add", "Open a block node.", BlockdevOptions, since="2.9"),
+    Command(
+        "blockdev-reopen",
+        "Give nodes other options, all of them or, when one is refused, none. What is left out gets its default.",
+        BlockdevReopen,
+        since="6.1",
+    ),
     Command("blockdev-del", "Close a node that nothing uses.", BlockdevDel, since="2.9"),
     Command("block_resize", "Change the size of a node.", BlockResize, since="0.14"),
     Command(
@@ -137,3 +147,5 @@ COMMANDS = (
         since="2.0",
     ),
 )
+
+EVENTS = (Event("BLOCK_IMAGE_CORRUPTED", "An image was found to be damaged.", BlockImageCorrupted, "1.7"),)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from blkferry.schema import block, char, control, export, qom
+from blkferry.schema import block, char, control, create, export, job, qom, snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from blkferry.schema.qapi import Command, Event
 
 COMMANDS: Mapping[str, Command] = {
-    command.name: command for module in (control, block, export, qom, char) for command in module.COMMANDS
+    command.name: command
+    for module in (control, block, create, snapshot, job, export, qom, char)
+    for command in module.COMMANDS
 }
 
-EVENTS: Mapping[str, Event] = {event.name: event for event in export.EVENTS}
+EVENTS: Mapping[str, Event] = {event.name: event for module in (export, job, block) for event in module.EVENTS}

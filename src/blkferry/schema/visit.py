@@ -92,7 +92,7 @@ def dump(value: object) -> Any:
             if member.optional and item == member.default:
                 continue
             if item is not None:
-                written[member.name] = dump(item)
+                written[member.name] = _wrapped(dump(item), member.type)
         return written
     if isinstance(value, enum.Enum):
         return value.value
@@ -101,6 +101,14 @@ def dump(value: object) -> Any:
     if isinstance(value, dict):
         return {key: dump(item) for key, item in value.items()}
     return value
+
+
+def _wrapped(written: Any, type_: QapiType) -> Any:
+    """The member `type_` in the form in which it travels."""
+    if not isinstance(type_, Object) or type_.form is Form.FLAT or type_.variants is None:
+        return written
+    tag = type_.variants.tag
+    return {tag: written.pop(tag), "data": written}
 
 
 def kind_of(type_: QapiType) -> str | None:

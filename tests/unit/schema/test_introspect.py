@@ -14,6 +14,22 @@ ARGUMENTS = {
     "blockdev-del": "node-name:str",
     "query-named-block-nodes": "flat?:bool",
     "block_resize": "device?:str node-name?:str size:int",
+    "blockdev-create": "job-id:str options:object",
+    "blockdev-reopen": "options:array",
+    "blockdev-snapshot": "node:str overlay:str",
+    "blockdev-snapshot-sync": (
+        "device?:str node-name?:str snapshot-file:str snapshot-node-name?:str format?:str mode?:enum"
+    ),
+    "blockdev-snapshot-internal-sync": "device:str name:str",
+    "blockdev-snapshot-delete-internal-sync": "device:str id?:str name?:str",
+    "change-backing-file": "device:str image-node-name:str backing-file:str",
+    "query-jobs": "",
+    "job-pause": "id:str",
+    "job-resume": "id:str",
+    "job-cancel": "id:str",
+    "job-complete": "id:str",
+    "job-finalize": "id:str",
+    "job-dismiss": "id:str",
     "nbd-server-start": "handshake-max-seconds?:int tls-creds?:str tls-authz?:str max-connections?:int addr:object",
     "nbd-server-stop": "",
     "block-export-del": "id:str mode?:enum",
@@ -40,6 +56,10 @@ ARGUMENTS = {
 RETURNS = {
     "query-block-exports": "id:str type:enum node-name:str shutting-down:bool",
     "query-version": "qemu:object package:str",
+    "query-jobs": "id:str type:enum status:enum current-progress:int total-progress:int error?:str",
+    "blockdev-snapshot-delete-internal-sync": (
+        "id:str name:str vm-state-size:int date-sec:int date-nsec:int vm-clock-sec:int vm-clock-nsec:int icount?:int"
+    ),
     "query-commands": "name:str",
     "query-chardev": "label:str filename:str frontend-open:bool",
     "chardev-add": "pty?:str",
@@ -130,10 +150,21 @@ def test_the_legacy_address_is_described_with_its_wrapper(schema, case):
     assert spelled(schema, data["type"]) == expected(ADDRESSES[case])
 
 
-def test_the_event(schema):
-    event = schema["BLOCK_EXPORT_DELETED"]
-    assert event["meta-type"] == "event"
-    assert spelled(schema, event["arg-type"]) == {"id:str"}
+EVENT_DATA = {
+    "BLOCK_EXPORT_DELETED": "id:str",
+    "BLOCK_IMAGE_CORRUPTED": "device:str node-name?:str msg:str offset?:int size?:int fatal:bool",
+    "JOB_STATUS_CHANGE": "id:str status:enum",
+}
+
+
+@pytest.mark.parametrize("name", sorted(EVENTS))
+def test_events_are_those_of_qemu(schema, name):
+    assert schema[name]["meta-type"] == "event"
+    assert spelled(schema, schema[name]["arg-type"]) == expected(EVENT_DATA[name])
+
+
+def test_libvirt_finds_out_that_overlays_may_be_written_only(schema):
+    assert schema["blockdev-snapshot"]["features"] == ["allow-write-only-overlay"]
 
 
 def test_enums_list_their_values_twice(schema):

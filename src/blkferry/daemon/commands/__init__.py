@@ -23,6 +23,6 @@ def command(name: str) -> Callable[[Handler], Handler]:
     return register
 
 
-from blkferry.daemon.commands import block, char, control, export, objects  # noqa: E402 - they register themselves
+from blkferry.daemon.commands import block, char, control, export, job, objects, snapshot  # noqa: E402 - they register themselves
 
-__all__ = ["HANDLERS", "Handler", "block", "char", "command", "control", "export", "objects"]
+__all__ = ["HANDLERS", "Handler", "block", "char", "command", "control", "export", "job", "objects", "snapshot"]

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from blkferry.daemon.commands import command
 from blkferry.errors import Error, ErrorKind
+from blkferry.graph.access import BACKING
+from blkferry.graph.graph import refuse_backing
 from blkferry.graph.node import Node
 from blkferry.graph.permissions import ALL, Permission
+from blkferry.graph.reopen import reopen
 from blkferry.graph.root import Root
 from blkferry.schema.block import (
     BlockdevCacheInfo,
     BlockdevDel,
     BlockDeviceInfo,
     BlockdevOptions,
+    BlockdevReopen,
     BlockResize,
-    ImageInfo,
     QueryNamedBlockNodes,
 )
+from blkferry.schema.image import ImageInfo
 from blkferry.units import SECTOR
 
 if TYPE_CHECKING:
@@ -29,6 +35,12 @@ _MAX_LENGTH = (1 << 63) - SECTOR
 @command("blockdev-add")
 async def blockdev_add(daemon: Daemon, options: BlockdevOptions) -> None:
     await daemon.graph.add(options)
+
+
+@command("blockdev-reopen")
+async def blockdev_reopen(daemon: Daemon, arguments: BlockdevReopen) -> None:
+    async with daemon.graph.changing:
+        await reopen(daemon.graph, arguments.options)
 
 
 @command("blockdev-del")
@@ -47,6 +59,7 @@ async def block_resize(daemon: Daemon, arguments: BlockResize) -> None:
             hint="A number of bytes.",
             size=arguments.size,
         )
+    refuse_backing(node)
     root = Root(node, "block_resize")
 
     async def resize() -> None:
@@ -62,24 +75,34 @@ async def block_resize(daemon: Daemon, arguments: BlockResize) -> None:
 
 @command("query-named-block-nodes")
 async def query_named_block_nodes(daemon: Daemon, arguments: QueryNamedBlockNodes) -> list[BlockDeviceInfo]:
-    del arguments  # without backing chains there is nothing to leave out
-    return [_describe(node) for node in reversed(daemon.graph.nodes.values())]
+    return [_describe(node, flat=arguments.flat) for node in reversed(daemon.graph.nodes.values())]
 
 
-def _describe(node: Node) -> BlockDeviceInfo:
+def _describe(node: Node, *, flat: bool) -> BlockDeviceInfo:
     cache = node.cache
+    chain = [node, *_backing_chain(node)]
+    image: ImageInfo | None = None
+    for each in reversed(chain[:1] if flat else chain):
+        image = msgspec.structs.replace(each.image_info(), backing_image=image)
+    assert image is not None
     return BlockDeviceInfo(
         file=node.filename(),
         node_name=node.name,
         ro=node.read_only,
         drv=node.driver,
-        backing_file_depth=0,
+        backing_file=chain[1].filename() if len(chain) > 1 else None,
+        backing_file_depth=0 if flat else len(chain) - 1,
+        encrypted=bool(image.encrypted),
         detect_zeroes=node.options.detect_zeroes,
-        image=ImageInfo(
-            filename=node.filename(),
-            format=node.driver,
-            virtual_size=node.length,
-            actual_size=node.allocated_size(),
-        ),
+        image=image,
         cache=BlockdevCacheInfo(writeback=True, direct=cache.direct, no_flush=cache.no_flush),
     )
+
+
+def _backing_chain(node: Node) -> list[Node]:
+    """The backing file of a node, that one's backing file, and so on."""
+    chain: list[Node] = []
+    while (edge := node.children.get(BACKING)) is not None:
+        node = edge.node
+        chain.append(node)
+    return chain

@@ -1,0 +1,241 @@
+"""Commands about overlays, snapshots inside images, and what an image says of its backing file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+from blkferry.daemon.commands import command
+from blkferry.errors import Error, ErrorKind
+from blkferry.graph import changes, registry
+from blkferry.graph.access import BACKING
+from blkferry.graph.graph import refuse_backing
+from blkferry.graph.node import Node, depends_on
+from blkferry.graph.permissions import ALL, Permission, cumulative
+from blkferry.graph.reopen import set_read_only
+from blkferry.graph.root import Root
+from blkferry.schema.block import BlockdevOptions
+from blkferry.schema.create import BlockdevCreateOptions
+from blkferry.schema.image import SnapshotInfo
+from blkferry.schema.snapshot import (
+    BlockdevSnapshot,
+    BlockdevSnapshotDeleteInternal,
+    BlockdevSnapshotInternal,
+    BlockdevSnapshotSync,
+    ChangeBackingFile,
+    NewImageMode,
+)
+from blkferry.schema.visit import dump, visit
+
+if TYPE_CHECKING:
+    from blkferry.daemon.daemon import Daemon
+    from blkferry.graph.graph import Graph
+
+# Overlays ------------------------------------------------------------------------------------------------------
+
+
+@command("blockdev-snapshot")
+async def blockdev_snapshot(daemon: Daemon, arguments: BlockdevSnapshot) -> None:
+    graph = daemon.graph
+    async with graph.changing:
+        base = graph.find(arguments.node, device=arguments.node)
+        refuse_backing(base)
+        overlay = graph.find(arguments.overlay, device=arguments.overlay)
+        await _put_on(graph, overlay, base)
+
+
+@command("blockdev-snapshot-sync")
+async def blockdev_snapshot_sync(daemon: Daemon, arguments: BlockdevSnapshotSync) -> None:
+    graph = daemon.graph
+    base = graph.find(arguments.node_name or "", device=arguments.device or "")
+    refuse_backing(base)
+    _check_overlay(graph, arguments)
+    if arguments.mode is not NewImageMode.EXISTING:
+        await _create_overlay(graph, base, arguments)
+    async with graph.changing:
+        if graph.nodes.get(base.name) is not base:
+            raise Error(ErrorKind.GONE, f"Node '{base.name}' was removed meanwhile", node=base.name)
+        refuse_backing(base)
+        overlay = await graph.open(_overlay_options(base, arguments), None)
+        try:
+            await _put_on(graph, overlay, base)
+        except BaseException:
+            await graph.close_node(overlay)
+            raise
+
+
+def _check_overlay(graph: Graph, arguments: BlockdevSnapshotSync) -> None:
+    if arguments.snapshot_node_name is None:
+        raise Error(ErrorKind.INVALID_ARGUMENT, "New overlay node-name missing", hint="Give snapshot-node-name.")
+    if arguments.snapshot_node_name in graph.nodes:
+        raise Error(ErrorKind.EXISTS, "New overlay node-name already in use", node=arguments.snapshot_node_name)
+    graph.check_name(arguments.snapshot_node_name)
+    if arguments.format not in registry.plugins("drivers"):
+        raise Error(ErrorKind.NOT_FOUND, f"Unknown file format '{arguments.format}'", hint="Like qcow2.")
+    if not registry.driver(arguments.format).supports_backing:
+        raise Error(
+            ErrorKind.UNSUPPORTED,
+            f"Backing file not supported for file format '{arguments.format}'",
+            hint="Use format qcow2.",
+        )
+
+
+async def _create_overlay(graph: Graph, base: Node, arguments: BlockdevSnapshotSync) -> None:
+    """Make the file and, in it, an image that names its backing file by an absolute path."""
+    name = base.filename()
+    image = {
+        "driver": arguments.format,
+        "file": {"driver": "file", "filename": arguments.snapshot_file},
+        "size": base.length,
+        "backing-file": os.path.abspath(name) if os.path.exists(name) else name,
+        "backing-fmt": base.driver,
+    }
+    for options in ({"driver": "file", "filename": arguments.snapshot_file, "size": 0}, image):
+        await registry.driver(str(options["driver"])).create(graph, visit(BlockdevCreateOptions, options))
+
+
+def _overlay_options(base: Node, arguments: BlockdevSnapshotSync) -> BlockdevOptions:
+    """How the overlay is opened: like its base."""
+    options: dict[str, Any] = {
+        "driver": arguments.format,
+        "node-name": arguments.snapshot_node_name,
+        "file": {"driver": "file", "filename": arguments.snapshot_file},
+        "backing": None,
+        "read-only": base.read_only,
+        "cache": dump(base.cache),
+        "discard": "unmap" if base.unmaps else "ignore",
+    }
+    return visit(BlockdevOptions, options)
+
+
+async def _put_on(graph: Graph, overlay: Node, base: Node) -> None:
+    """Append an overlay, with QEMU's checks in their order; the base is only read from then on."""
+    used, _ = cumulative(overlay)
+    if used & Permission.CONSISTENT_READ:
+        raise Error(
+            ErrorKind.BUSY,
+            "The overlay is already in use",
+            hint=f"It is used by {', '.join(edge.user.describe() for edge in overlay.parents)}.",
+            node=overlay.name,
+        )
+    if BACKING in overlay.children:
+        raise Error(
+            ErrorKind.INVALID_ARGUMENT,
+            "The overlay already has a backing image",
+            hint="Add it with backing=null.",
+            node=overlay.name,
+        )
+    if not overlay.supports_backing:
+        raise Error(ErrorKind.UNSUPPORTED, "The overlay does not support backing images", hint="Use a qcow2 node.")
+    await changes.append(graph, overlay, base)
+    if not base.read_only:
+        with suppress(Error):  # somebody else may still write to it, as before
+            await set_read_only(graph, base, read_only=True)
+
+
+# Snapshots inside images ---------------------------------------------------------------------------------------
+
+
+@command("blockdev-snapshot-internal-sync")
+async def blockdev_snapshot_internal_sync(daemon: Daemon, arguments: BlockdevSnapshotInternal) -> None:
+    async with daemon.graph.changing:
+        node = _top(daemon.graph, arguments.device)
+        if node.read_only:
+            raise Error(ErrorKind.DENIED, f"Device '{arguments.device}' is read only", node=node.name)
+        if node.supports_snapshots:
+            if not arguments.name:
+                raise Error(ErrorKind.INVALID_ARGUMENT, "Name is empty")
+            if any(snapshot.name == arguments.name for snapshot in node.image_info().snapshots or []):
+                raise Error(
+                    ErrorKind.EXISTS,
+                    f"Snapshot with name '{arguments.name}' already exists on device '{arguments.device}'",
+                )
+        async with _writing(daemon.graph, node, "blockdev-snapshot-internal-sync"):
+            await node.services.run(node.snapshot_create(arguments.name))
+
+
+@command("blockdev-snapshot-delete-internal-sync")
+async def blockdev_snapshot_delete_internal_sync(
+    daemon: Daemon, arguments: BlockdevSnapshotDeleteInternal
+) -> SnapshotInfo:
+    wanted_id, wanted_name = arguments.id, arguments.name
+    async with daemon.graph.changing:
+        node = _top(daemon.graph, arguments.device)
+        if wanted_id is None and wanted_name is None:
+            raise Error(ErrorKind.INVALID_ARGUMENT, "Name or id must be provided")
+        if node.supports_snapshots:
+            there = node.image_info().snapshots or []
+            if not any(wanted_id in (None, each.id) and wanted_name in (None, each.name) for each in there):
+                known = ", ".join(f"{each.name} ({each.id})" for each in there)
+                raise Error(
+                    ErrorKind.NOT_FOUND,
+                    f"Snapshot with id '{_or_null(wanted_id)}' and name '{_or_null(wanted_name)}' does not exist on "
+                    f"device '{arguments.device}'",
+                    hint=f"There are: {known}." if known else "There are no snapshots.",
+                )
+        async with _writing(daemon.graph, node, "blockdev-snapshot-delete-internal-sync"):
+            return await node.services.run(node.snapshot_delete(wanted_id, wanted_name))
+
+
+def _or_null(text: str | None) -> str:
+    return "null" if text is None else text
+
+
+def _top(graph: Graph, name: str) -> Node:
+    """A node that is no other node's child."""
+    node = graph.find(name, device=name)
+    for parent in node.parents:
+        if isinstance(parent.user, Node):
+            raise Error(
+                ErrorKind.INVALID_ARGUMENT,
+                "Need a root block node",
+                hint=f"It is used by {parent.user.describe()}.",
+                node=name,
+            )
+    return node
+
+
+@asynccontextmanager
+async def _writing(graph: Graph, node: Node, description: str) -> AsyncIterator[None]:
+    """Nothing is in flight on a node, and its metadata may be written."""
+    root = Root(node, description)
+    async with graph.drained(graph.tree_of(node)):
+        used = Permission.CONSISTENT_READ if node.read_only else Permission.CONSISTENT_READ | Permission.WRITE
+        await node.services.run(root.attach(used, ALL))
+        try:
+            yield
+        finally:
+            await node.services.run(root.detach())
+
+
+# The name of the backing file ----------------------------------------------------------------------------------
+
+
+@command("change-backing-file")
+async def change_backing_file(daemon: Daemon, arguments: ChangeBackingFile) -> None:
+    graph = daemon.graph
+    async with graph.changing:
+        top = _top(graph, arguments.device)
+        image = graph.find(arguments.image_node_name)
+        backing = image.children.get(BACKING)
+        if backing is None:
+            raise Error(
+                ErrorKind.INVALID_ARGUMENT,
+                "not allowing backing file change on an image without a backing file",
+                node=image.name,
+            )
+        if image not in depends_on(top):
+            raise Error(ErrorKind.INVALID_ARGUMENT, f"'{arguments.device}' and image file are not in the same chain")
+        was_read_only = image.read_only
+        if was_read_only:
+            await set_read_only(graph, image, read_only=False)
+        try:
+            async with _writing(graph, image, "change-backing-file"):
+                backing_format = backing.node.driver if arguments.backing_file else None
+                work = image.change_backing_file(arguments.backing_file or None, backing_format)
+                await image.services.run(work)
+        finally:
+            if was_read_only:
+                await set_read_only(graph, image, read_only=True)

@@ -1,0 +1,585 @@
+"""`qcow2`: QEMU's image format, all of it (docs/interop/qcow2.rst in QEMU's sources).
+
+This is the node: what the graph calls, and who does it. `opening` makes it from an image, `mapping` answers lookups
+from L2 slices, `writing` and `remapping` change them, `metadata` brings all that to the disk in an order that a crash
+survives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, ClassVar
+
+from blkferry.drivers.qcow2 import (
+    compression,
+    corruption,
+    describing,
+    making,
+    opening,
+    reopening,
+    resizing,
+    snapshots,
+)
+from blkferry.drivers.qcow2.bitmaps import StoredBitmaps
+from blkferry.drivers.qcow2.compressed_space import CompressedSpace
+from blkferry.drivers.qcow2.entries import ALL_ALLOCATED, COMPRESSED, OFFSET
+from blkferry.drivers.qcow2.header import CryptMethod, Header
+from blkferry.drivers.qcow2.hostfile import HostFile
+from blkferry.drivers.qcow2.metadata import Metadata
+from blkferry.drivers.qcow2.options import BlockdevCreateOptionsQcow2, BlockdevOptionsQcow2
+from blkferry.drivers.qcow2.refcounts import RefcountError
+from blkferry.drivers.qcow2.remapping import Remapping
+from blkferry.drivers.qcow2.words import CorruptError
+from blkferry.drivers.qcow2.writing import Writing
+from blkferry.errors import Error
+from blkferry.extent import Content, Effort, Extent
+from blkferry.graph import access
+from blkferry.graph.access import BACKING
+from blkferry.graph.graph import Graph, Opening
+from blkferry.graph.node import Node
+from blkferry.graph.permissions import ALL, Permission
+from blkferry.plane.drain import InFlight, RangeLock
+from blkferry.schema.block import BlockdevOptions
+from blkferry.schema.create import BlockdevCreateOptions
+from blkferry.schema.image import ImageInfo, SnapshotInfo
+from blkferry.units import align_down, align_up
+
+if TYPE_CHECKING:
+    from blkferry.crypt.aes import SectorCipher
+    from blkferry.crypt.luks_layout import Header as LuksHeader
+    from blkferry.drivers.qcow2.mapping import Mapper
+    from blkferry.drivers.qcow2.snapshot_table import Snapshot
+    from blkferry.graph.reopen import Reopening
+    from blkferry.plane.services import Services
+    from blkferry.plane.storage import Storage
+
+log = logging.getLogger(__name__)
+
+FILE, DATA_FILE = "file", "data-file"
+
+_WRITE = Permission.WRITE | Permission.RESIZE
+_IN_THREAD = 64 << 10
+"""Clusters from this size on are inflated and ciphered in a thread: below, the way there costs more than it saves."""
+
+_KEPT_CLUSTERS_BYTES = 4 << 20
+"""Inflated clusters that are kept: a client that reads in small pieces comes back for the next one."""
+
+
+class Qcow2(Node):
+    """One qcow2 image."""
+
+    driver: ClassVar[str] = "qcow2"
+    options_type: ClassVar[type[BlockdevOptions]] = BlockdevOptionsQcow2
+    create_options: ClassVar[type[BlockdevCreateOptions] | None] = BlockdevCreateOptionsQcow2
+    reopenable: ClassVar[frozenset[str]] = reopening.REOPENABLE
+    supports_backing: ClassVar[bool] = True
+    supports_snapshots: ClassVar[bool] = True
+    options: BlockdevOptionsQcow2
+    header: Header
+    metadata: Metadata
+    mapper: Mapper
+
+    def __init__(self, name: str, options: BlockdevOptions, services: Services, *, read_only: bool) -> None:
+        super().__init__(name, options, services, read_only=read_only)
+        self.data_file: HostFile | None = None
+        self.cipher: SectorCipher | None = None
+        self.luks: LuksHeader | None = None
+        self.snapshots: list[Snapshot] = []
+        self.bitmaps = StoredBitmaps()
+        self.corrupt = False
+        self.discard_no_unref = False
+        self.pass_discard_request = self.pass_discard_snapshot = self.pass_discard_other = False
+        self.ranges = RangeLock()
+        self.compressed_space = CompressedSpace(self)
+        self._changes = InFlight()
+        self._frozen = 0
+        self._thawed: list[asyncio.Future[None]] = []
+        self._inflated: OrderedDict[int, tuple[int, bytes]] = OrderedDict()
+        self._clean_timer: asyncio.TimerHandle | None = None
+        self._opened = False
+        self._marking: asyncio.Task[None] | None = None
+
+    # Life ------------------------------------------------------------------------------------------------------
+
+    async def open(self, opening_: Opening) -> None:
+        await opening.open_image(self, opening_)
+        self.begun()
+        self._opened = True
+        self._clean_caches_later()
+
+    def begun(self) -> None:
+        """`metadata` and `mapper` are new: let everything use them."""
+        self._slices = self.metadata.slices
+        self._shift = self.metadata.geometry.slice_shift
+        self.writing = Writing(self)
+        self.remapping = Remapping(self)
+        self.compressed_space = CompressedSpace(self)
+        self.metadata.on_corrupt = self.found_corruption
+        self.update_mapper()
+
+    def adopt_header(self, header: Header) -> None:
+        """The header has changed on disk."""
+        self.header = header
+        self.length = header.size // 512 * 512
+
+    @property
+    def file(self) -> HostFile:
+        return self.metadata.file
+
+    @property
+    def has_backing(self) -> bool:
+        return BACKING in self.children
+
+    @property
+    def raw_data(self) -> Node | None:
+        """The external data file where it is to be a raw image of its own."""
+        return opening.raw_data(self)
+
+    def backing_length(self) -> int:
+        """Up to where something may show through."""
+        edge = self.children.get(BACKING)
+        return edge.node.length if edge is not None else 0
+
+    @property
+    def writes_at_once(self) -> bool:
+        """Whether `write_now` may do anything: buffered, plain writes to an image that is in order."""
+        return self._at_once and not self._frozen
+
+    def update_mapper(self) -> None:
+        """Work out anew what lookups and writes may promise: called when anything changes that it depends on."""
+        mapper = self.mapper
+        guest_file = self.data_file or self.file
+        mapper.file_length = guest_file.length
+        writable = not self.read_only and not self.corrupt and self.options.snapshot is None
+        mapper.in_place = writable and not self._frozen and not self.bitmaps.enabled
+        self._at_once = (
+            writable
+            and self.cipher is None
+            and not self.metadata.geometry.extended
+            and guest_file.place() is not None
+            and self.file.place() is not None
+        )
+
+    async def pause(self) -> None:
+        if self._marking is not None:
+            await asyncio.wait([self._marking])
+        if self._opened:
+            await self.metadata.pause()
+            if self._clean_timer is not None:
+                self._clean_timer.cancel()
+                self._clean_timer = None
+
+    def move(self, services: Services) -> None:
+        super().move(services)
+        if self._opened:
+            self.metadata.move(services)
+            services.loop.call_soon_threadsafe(self._clean_caches_later)
+
+    def _clean_caches_later(self) -> None:
+        """Give up cached tables that nobody used for `cache-clean-interval` seconds."""
+        interval = self.options.cache_clean_interval
+        if interval is None:
+            interval = opening.CLEAN_INTERVAL_SECONDS
+        if interval and self._clean_timer is None:
+            self._clean_timer = self.services.loop.call_later(interval, self._clean_caches)
+
+    def _clean_caches(self) -> None:
+        self._clean_timer = None
+        self._slices.drop_idle()
+        self.metadata.refcounts.blocks.drop_idle()
+        self._inflated.clear()
+        self._clean_caches_later()
+
+    async def close(self) -> None:
+        if not self._opened:
+            return
+        await self.pause()
+        if self.metadata.writable and not self.corrupt:
+            try:
+                await self.settle_on_disk()
+            except (OSError, Error) as error:
+                log.error("%s: could not write everything on closing: %s", self.filename(), error)  # noqa: TRY400
+        self._opened = False
+
+    async def settle_on_disk(self) -> None:
+        """Leave the image as somebody else should find it. Raises OSError or Error."""
+        await self.bitmaps.store(self)
+        await self.metadata.finish()
+        self.adopt_header(self.metadata.header)
+        file = self.file
+        if file.grown and file.needed < file.length:
+            await file.node.resize(file.needed)
+
+    # Where bytes are -------------------------------------------------------------------------------------------
+
+    def lookup(self, start: int, length: int, effort: Effort) -> list[Extent] | None:
+        number = start >> self._shift
+        table = self._slices.get(number)
+        if table is None:
+            return self._lookup_without_table(number, start, length)
+        table.used = True
+        end = min(start + length, (number + 1) << self._shift)
+        if effort is Effort.ALLOCATION:
+            self.mapper.settled = not self._is_sparse_on_host()
+        return self.mapper.extents(table.values, start, end)
+
+    def _lookup_without_table(self, number: int, start: int, length: int) -> list[Extent] | None:
+        metadata = self.metadata
+        try:
+            if metadata.slice_host(number):
+                return None
+        except CorruptError:
+            return [Extent(start, min(length, ((number + 1) << self._shift) - start), Content.OPAQUE, start)]
+        geometry = metadata.geometry
+        l1_index = geometry.l1_index(start)
+        l1, entries = metadata.l1, geometry.l1_entries(start + length)
+        while l1_index < entries and not l1[l1_index]:
+            l1_index += 1
+        end = min(l1_index << (geometry.cluster_bits + geometry.table_bits), start + length)
+        return [Extent(start, end - start, Content.BELOW, start, allocated=False)]
+
+    async def load(self, start: int, length: int) -> None:
+        del length
+        await self.metadata.load_slice(start >> self._shift)
+
+    def _is_sparse_on_host(self) -> bool:
+        """Whether clusters that are allocated here may be holes in the file (preallocated metadata)."""
+        taken = (self.data_file or self.file).node.allocated_size()
+        length = (self.data_file or self.file).length
+        return taken is not None and length - taken > max(length // 10, 10 << self.metadata.geometry.cluster_bits)
+
+    def child_retired(self, role: str, start: int, end: int | None) -> None:
+        if role == BACKING:
+            self.retire(start, end)
+            return
+        if self._opened and end is None:
+            for file in (self.file, self.data_file):
+                if file is not None:
+                    file.forget_place()
+            self.update_mapper()
+            self.retire()
+
+    # Reading what has no place ---------------------------------------------------------------------------------
+
+    async def read(self, start: int, view: memoryview) -> None:
+        """Compressed and encrypted clusters, and the error for what cannot be."""
+        geometry = self.metadata.geometry
+        at, end = start, start + len(view)
+        while at < end:
+            stop = min(end, align_down(at, geometry.cluster_size) + geometry.cluster_size)
+            await self._read_cluster(at, view[at - start : stop - start])
+            at = stop
+
+    async def _read_cluster(self, at: int, view: memoryview) -> None:
+        geometry, metadata = self.metadata.geometry, self.metadata
+        number = at >> geometry.slice_shift
+        while (table := self._slices.get(number)) is None and metadata.slice_host(number):
+            await metadata.load_slice(number)
+        cluster = at >> geometry.cluster_bits
+        index = (cluster & geometry.slice_mask) * geometry.words
+        entry = table.values[index] if table is not None else 0
+        within = at & (geometry.cluster_size - 1)
+        if entry & COMPRESSED:
+            data = await self._inflate(cluster, entry)
+            view[:] = data[within : within + len(view)]
+            return
+        (extent, *others) = self.mapper.extents(table.values, at, at + len(view)) if table is not None else (None,)
+        if extent is None or extent.content is not Content.OPAQUE or others:
+            await access.read(self, at, view)  # it has changed meanwhile
+            return
+        host = entry & OFFSET
+        if self.cipher is None or not self._is_sound(entry, table.values if table else None, index, host, cluster):
+            error = CorruptError(
+                f"Cluster allocation offset {host:#x} unaligned or impossible (L2 entry of guest offset "
+                f"{cluster << geometry.cluster_bits:#x})",
+                host,
+            )
+            self.found_corruption(error)
+            raise error
+        await self._read_encrypted(at, host + within, view)
+
+    def _is_sound(self, entry: int, values: object, index: int, host: int, cluster: int) -> bool:
+        geometry = self.metadata.geometry
+        if not host and not self.mapper.fixed:
+            return False
+        if geometry.extended:
+            bitmap: int = values[index + 1]  # type: ignore[index]
+            if bitmap & ALL_ALLOCATED & bitmap >> 32:
+                return False
+        try:
+            self.check_guest_place(host, cluster, reading=True)
+        except CorruptError:
+            return False
+        return not entry & COMPRESSED
+
+    async def _inflate(self, cluster: int, entry: int) -> bytes:
+        kept = self._inflated.get(cluster)
+        if kept is not None and kept[0] == entry:
+            self._inflated.move_to_end(cluster)
+            return kept[1]
+        geometry = self.metadata.geometry
+        place = geometry.compressed_place(entry)
+        length = min(place.length, max(self.file.length - place.offset, 0))
+        file = self.file
+        with file.reading():
+            data = await file.get(place.offset, length)
+        kind, size = self.header.compression_type, geometry.cluster_size
+        try:
+            if size >= _IN_THREAD:
+                found = await self.services.in_thread(compression.decompress, kind, data, size)
+            else:
+                found = compression.decompress(kind, data, size)
+        except compression.BadCompression as problem:
+            at = cluster << geometry.cluster_bits
+            message = f"compressed cluster of guest offset {at:#x} at {place.offset:#x} cannot be inflated: {problem}"
+            log.warning("%s: %s", self.filename(), message)
+            raise CorruptError(message, place.offset) from problem
+        self._inflated[cluster] = (entry, found)
+        while len(self._inflated) > max(_KEPT_CLUSTERS_BYTES // size, 2):
+            self._inflated.popitem(last=False)
+        return found
+
+    async def _read_encrypted(self, at: int, host: int, view: memoryview) -> None:
+        first, last = align_down(host, 512), align_up(host + len(view), 512)
+        guest_file = self.data_file or self.file
+        with guest_file.reading():
+            data = await guest_file.get(first, last - first)
+        sector = self._cipher_sector(at - (host - first), first)
+        assert self.cipher is not None
+        plain = await self._ciphered(self.cipher.decrypt, sector, data)
+        view[:] = plain[host - first : host - first + len(view)]
+
+    def _cipher_sector(self, guest: int, host: int) -> int:
+        """What the initialisation vector counts: LUKS the sectors of the file, the old AES those of the disk."""
+        return (guest if self.header.crypt_method is CryptMethod.AES else host) >> 9
+
+    async def _ciphered(self, cipher: object, sector: int, data: bytes | bytearray | memoryview) -> bytes:
+        if len(data) >= _IN_THREAD:
+            return await self.services.in_thread(cipher, sector, data)  # type: ignore[arg-type]
+        return cipher(sector, data)  # type: ignore[operator, no-any-return]
+
+    async def read_guest(self, start: int, view: memoryview) -> None:
+        """What the guest sees in a range; behind the end of the disk there are zeroes."""
+        inside = max(min(len(view), self.length - start), 0)
+        if inside:
+            await access.read(self, start, view[:inside])
+        view[inside:] = bytes(len(view) - inside)
+
+    # Changing --------------------------------------------------------------------------------------------------
+
+    def check_writable(self) -> None:
+        """Raise OSError where nothing may be written any more."""
+        if self.corrupt:
+            raise OSError(errno.EIO, f"image '{self.filename()}' is marked corrupt and takes no writes")
+        if not self.metadata.writable:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    async def write(self, start: int, view: memoryview) -> None:
+        with self.marking_corruption():
+            await self.writing.write(start, view)
+
+    def write_now(self, start: int, view: memoryview) -> bool:
+        try:
+            return self.writing.write_now(start, view)
+        except (CorruptError, RefcountError):
+            return False  # `write` finds it again, and says so
+
+    async def remap(self, start: int, length: int, *, unmap: bool, fast: bool) -> None:
+        with self.marking_corruption():
+            await self.remapping.zero(start, length, unmap=unmap and self.unmaps, fast=fast)
+
+    async def discard(self, start: int, length: int) -> None:
+        if self.unmaps:
+            with self.marking_corruption():
+                await self.remapping.discard(start, length)
+
+    async def prefetch(self, start: int, length: int) -> None:
+        end = start + length
+        while start < end:
+            for run in await access.load_runs(self, start, end - start):
+                if run.storage is not None and not run.storage.direct:
+                    storage, offset, size = run.storage, run.offset, run.length
+                    await self.services.in_thread(os.posix_fadvise, storage.fd, offset, size, os.POSIX_FADV_WILLNEED)
+                start += run.length
+
+    async def flush_metadata(self) -> None:
+        """Write everything, if this node writes at all. Raises Error."""
+        try:
+            await self.flush()
+        except OSError as error:
+            raise Error.from_oserror(f"Could not flush '{self.name}'", error, node=self.name) from error
+
+    async def flush(self) -> None:
+        if not self.metadata.writable or self.corrupt:
+            await super().flush()
+            return
+        with self.marking_corruption():
+            await self.metadata.commit()
+
+    async def resize(self, length: int) -> None:
+        await resizing.resize(self, length)
+
+    def put_guest_now(self, host: int, view: memoryview) -> bool:
+        """Write guest data at a place, at once; False where that cannot be."""
+        guest_file = self.data_file or self.file
+        place = guest_file.place()
+        if place is None:
+            return False
+        if host + len(view) > guest_file.needed and not guest_file.extend_now(host + len(view)):
+            return False
+        storage, shift = place
+        storage.write_now(view, host + shift)
+        return True
+
+    async def put_guest(self, at: int, host: int, view: memoryview) -> None:
+        """Write guest data of offset `at` at a place, encrypted where it has to be. Raises OSError."""
+        guest_file = self.data_file or self.file
+        if self.cipher is not None:
+            if host % 512 or len(view) % 512:  # the sectors at the edges have to be whole
+                first, last = align_down(at, 512), align_up(at + len(view), 512)
+                whole = memoryview(bytearray(last - first))
+                await self.read_guest(first, whole)
+                whole[at - first : at - first + len(view)] = view
+                host, at, view = host - (at - first), first, whole
+            data = await self._ciphered(self.cipher.encrypt, self._cipher_sector(at, host), view)
+            view = memoryview(data)
+        await guest_file.put(host, view)
+
+    def check_guest_place(self, host: int, cluster: int, *, reading: bool = False) -> None:
+        """Refuse a place for guest data that cannot be one. Raises CorruptError."""
+        geometry = self.metadata.geometry
+        at = cluster << geometry.cluster_bits
+        if self.mapper.fixed:
+            if host != at:
+                raise CorruptError(f"guest offset {at:#x} is mapped to {host:#x} of the data file", host)
+            return
+        if host & (geometry.cluster_size - 1):
+            raise CorruptError(f"Cluster allocation offset {host:#x} unaligned (guest offset {at:#x})", host)
+        name = self.metadata.known.get(host >> geometry.cluster_bits)
+        if name is not None and not reading:
+            raise CorruptError(f"Preventing invalid write on metadata (overlaps with {name}) at {host:#x}", host)
+
+    def drop_entry(self, entry: int, *, discard: bool | None = None) -> None:
+        """An L2 entry no longer points where `entry` did."""
+        if discard is None:
+            discard = self.pass_discard_other
+        geometry, metadata = self.metadata.geometry, self.metadata
+        if entry & COMPRESSED:
+            first, count = geometry.compressed_clusters(entry)
+            self.compressed_space.avoid(first, count)
+            metadata.drop(first, count, discard=discard)
+        elif self.data_file is None and entry & OFFSET:
+            metadata.drop((entry & OFFSET) >> geometry.cluster_bits, 1, discard=discard)
+
+    def changed(self, start: int, end: int) -> None:
+        """The mapping of a guest range is another one now."""
+        self.mapper.file_length = (self.data_file or self.file).length
+        if self._inflated:
+            for cluster in range(start >> self.header.cluster_bits, end >> self.header.cluster_bits):
+                self._inflated.pop(cluster, None)
+        self.retire(start, end)
+
+    def mark_dirty_bitmaps(self, start: int, end: int) -> None:
+        """Note in the bitmaps that record it that a range is written."""
+        if self.bitmaps.enabled:
+            self.bitmaps.mark(start, end)
+
+    # Who waits for whom ----------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def changing(self) -> AsyncIterator[None]:
+        """Count as somebody who changes the mapping; waits while nobody may."""
+        while self._frozen:
+            thawed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._thawed.append(thawed)
+            await thawed
+        self._changes.begin()
+        try:
+            yield
+        finally:
+            self._changes.end()
+
+    @asynccontextmanager
+    async def frozen(self) -> AsyncIterator[None]:
+        """Let nobody write, in place or otherwise, while what is there is shared out, cut off or looked at whole."""
+        self._frozen += 1
+        try:
+            self.update_mapper()
+            self.retire()  # no short cuts any more: writes come to `changing` and wait there
+            await self._changes.idle()
+            for file in (self.file, self.data_file):
+                if file is not None:
+                    await file.settle_writers()
+            yield
+        finally:
+            self._frozen -= 1
+            self.update_mapper()
+            self._inflated.clear()
+            self.retire()
+            thawed, self._thawed = self._thawed, []
+            for each in thawed:
+                if not each.done():
+                    each.set_result(None)
+
+    # When something is wrong -----------------------------------------------------------------------------------
+
+    def marking_corruption(self) -> corruption.Marking:
+        """Within this, an impossible structure takes the image offline for writing."""
+        return corruption.Marking(self)
+
+    def found_corruption(self, error: CorruptError) -> None:
+        """Mark the image, take no more writes, and tell everybody. What is sound can still be read."""
+        if self.corrupt:
+            return
+        corruption.report(self, error)
+        if self.metadata.writable:
+            self.corrupt = True
+            self.update_mapper()
+            self.retire()
+            self._marking = self.services.loop.create_task(corruption.mark(self))
+
+    # Images and snapshots --------------------------------------------------------------------------------------
+
+    @classmethod
+    async def create(cls, graph: Graph, options: BlockdevCreateOptions) -> None:
+        assert isinstance(options, BlockdevCreateOptionsQcow2)
+        await making.create(graph, options)
+
+    async def snapshot_create(self, name: str) -> None:
+        await snapshots.create(self, name)
+
+    async def snapshot_delete(self, snapshot_id: str | None, name: str | None) -> SnapshotInfo:
+        return snapshots.info(await snapshots.delete(self, snapshot_id, name))
+
+    async def change_backing_file(self, backing_file: str | None, backing_format: str | None) -> None:
+        await reopening.change_backing_file(self, backing_file, backing_format)
+
+    def image_info(self) -> ImageInfo:
+        return describing.image_info(self)
+
+    async def reopen_prepare(self, reopening_: Reopening) -> None:
+        await reopening.prepare(self, reopening_)
+
+    async def reopen_commit(self, reopening_: Reopening) -> None:
+        await reopening.commit(self, reopening_)
+
+    async def reopen_abort(self, reopening_: Reopening) -> None:
+        await reopening.abort(self, reopening_)
+
+    # What it looks like ----------------------------------------------------------------------------------------
+
+    def child_permissions(self, role: str, used: Permission, shared: Permission) -> tuple[Permission, Permission]:
+        if role == BACKING:
+            changes = _WRITE if shared & Permission.WRITE else Permission(0)
+            return used & Permission.CONSISTENT_READ, changes | Permission.CONSISTENT_READ | Permission.WRITE_UNCHANGED
+        wanted = Permission.CONSISTENT_READ | (_WRITE if not self.read_only else Permission(0))
+        return wanted, ALL & ~_WRITE
+
+    def flush_target(self) -> Storage | None:
+        return None  # a flush is more than that of the file, even for writes in place: their cluster may be new

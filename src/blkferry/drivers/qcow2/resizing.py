@@ -1,0 +1,119 @@
+"""Another size for the disk: a longer L1 table where it is needed, and nothing old where something new should be."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from blkferry.drivers.qcow2.words import big_endian
+from blkferry.errors import Error, ErrorKind
+from blkferry.units import align_up
+
+if TYPE_CHECKING:
+    from blkferry.drivers.qcow2.node import Qcow2
+
+MAX_L1_BYTES = 32 << 20
+
+
+async def resize(node: Qcow2, length: int) -> None:
+    """Make the disk `length` bytes long. Raises Error."""
+    if length % 512:
+        raise Error(ErrorKind.INVALID_ARGUMENT, "The new size must be a multiple of 512", size=length)
+    if not node.metadata.writable or node.corrupt:
+        raise Error(ErrorKind.DENIED, f"Block node is read-only: '{node.name}'", node=node.name)
+    if node.snapshots and node.header.version < 3:
+        raise Error(
+            ErrorKind.UNSUPPORTED, "Can't resize a v2 image which has snapshots", hint="Delete them, or make it v3."
+        )
+    node.bitmaps.check_resize()
+    geometry = node.metadata.geometry
+    if geometry.l1_entries(length) * 8 > MAX_L1_BYTES:
+        raise Error(
+            ErrorKind.INVALID_ARGUMENT,
+            f"The new size is too large for clusters of {geometry.cluster_size} bytes",
+            hint="Convert the image to larger clusters.",
+            size=length,
+        )
+    old = node.length
+    try:
+        with node.marking_corruption():
+            if length < old:
+                await _shrink(node, length)
+            elif length > old:
+                await _grow(node, old, length)
+    except OSError as error:
+        raise Error.from_oserror("Failed to resize the image", error, node=node.name) from error
+
+
+async def _shrink(node: Qcow2, length: int) -> None:
+    size = node.metadata.geometry.cluster_size
+    async with node.frozen():
+        await node.remapping.forget(align_up(length, size), align_up(node.length, size))
+        await _set_size(node, length)
+        await node.metadata.commit()
+    node.bitmaps.resize(length)
+
+
+async def _grow(node: Qcow2, old: int, length: int) -> None:
+    metadata = node.metadata
+    async with node.frozen():
+        await metadata.commit()
+        await grow_l1(node, metadata.geometry.l1_entries(length))
+        if node.data_file is not None and node.data_file.length < length and node.raw_data is not None:
+            await node.data_file.node.resize(length)
+        await _set_size(node, length)
+    node.bitmaps.resize(length)
+    await _clear_what_was_behind(node, old, length)
+
+
+async def _clear_what_was_behind(node: Qcow2, old: int, length: int) -> None:
+    """New space reads as zeroes, whatever is in the rest of the last cluster or in a longer backing file."""
+    edge = min(align_up(old, node.metadata.geometry.cluster_size), length)
+    if edge > old and not await node.remapping.is_zero(old, edge):
+        await node.remapping.zero(old, edge - old, unmap=False, fast=False)
+    below = min(max(node.backing_length(), edge), length)
+    if below > edge:
+        await node.remapping.zero(edge, below - edge, unmap=True, fast=False)
+
+
+async def _set_size(node: Qcow2, length: int) -> None:
+    metadata = node.metadata
+    await metadata.update_header(replace(metadata.header, size=length))
+    node.adopt_header(metadata.header)
+
+
+async def grow_l1(node: Qcow2, entries: int) -> None:
+    """Move the L1 table to a larger place if it has fewer entries. Everything is committed; the node is frozen."""
+    metadata = node.metadata
+    header, geometry = metadata.header, metadata.geometry
+    if entries <= len(metadata.l1):
+        return
+    l1 = array("Q", metadata.l1)
+    l1.frombytes(bytes(8 * (entries - len(l1))))
+    async with metadata.structure:
+        first = await metadata.take_exactly(geometry.clusters(8 * entries))
+        offset = first << geometry.cluster_bits
+        metadata.check_free(offset, 8 * entries)
+        await metadata.file.put(offset, pad(big_endian(l1), geometry.cluster_size))
+    await metadata.commit()
+    await metadata.update_header(replace(metadata.header, l1_size=entries, l1_table_offset=offset))
+    metadata.l1 = l1
+    node.adopt_header(metadata.header)
+    _moved(node, header.l1_table_offset, 8 * header.l1_size, offset, 8 * entries, "active L1 table")
+
+
+def _moved(node: Qcow2, old: int, old_length: int, new: int, new_length: int, name: str) -> None:
+    metadata = node.metadata
+    bits = metadata.geometry.cluster_bits
+    first, count = old >> bits, metadata.geometry.clusters(old_length)
+    for cluster in range(first, first + count):
+        metadata.known.pop(cluster, None)
+    metadata.know(new, new_length, name)
+    if count:
+        metadata.drop(first, count, discard=False)
+
+
+def pad(data: bytes, size: int) -> bytes:
+    """`data` with zeroes behind it, up to a multiple of `size`."""
+    return data + bytes(-len(data) % size)
