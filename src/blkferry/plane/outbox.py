@@ -1,31 +1,49 @@
 """What a connection still has to send: bytes, buffers and pieces of files, in order, without blocking.
 
-The fast path sends straight from scratch memory; only what the socket did not take is kept here. A socket that is gone
-makes the outbox `broken`, and whatever comes after that is dropped; the owner looks at the flag at its next turn.
+The fast path sends straight from scratch memory; only what the socket did not take is kept here. A piece of a file that
+waits for a slow client counts as a reader of its storage, so that nobody is given its place meanwhile, and the storage
+stays open. A socket that is gone makes the outbox `broken`, and whatever comes after that is dropped; the owner looks
+at the flag at its next turn.
+
+sendfile does not copy: until the peer has taken the bytes from its socket it would see what is written over them, be
+that another's. So a piece that is `lent`, whose place its node may use again, counts as being read until the peer of a
+unix socket has it. No other kind of socket can tell (TCP over the loopback device shares pages, too): it gets a copy.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from blkferry.plane.buffers import Buffer
 from blkferry.plane.services import Services
+from blkferry.plane.storage import Storage
+from blkferry.plane.syscalls import unread_bytes
 
 _IOV_MAX = 256
+_COPY_BYTES = 256 << 10
+
+_LENT_SECONDS = 0.01
+_LENT_SECONDS_MOST = 1.0
+"""How soon, and at last how often, a peer that sends no more requests is looked at."""
+
 _MSG_MORE = socket.MSG_MORE | socket.MSG_NOSIGNAL
 
 
 class _FilePiece:
-    """A piece of the file that the outbox holds open."""
+    """A piece of a file, whose storage counts us as a reader until it is gone."""
 
-    __slots__ = ("length", "offset")
+    __slots__ = ("length", "lent", "offset", "storage", "use")
 
-    def __init__(self, offset: int, length: int) -> None:
+    def __init__(self, storage: Storage, offset: int, length: int, lent: bool) -> None:
+        self.storage = storage
         self.offset = offset
         self.length = length
+        self.lent = lent
+        self.use = storage.readers.begin()
 
 
 _Piece = tuple[memoryview, Buffer | None] | _FilePiece
@@ -41,10 +59,10 @@ class Outbox:
         self._on_drained = on_drained
         self._pieces: deque[_Piece] = deque()
         self._watching = False
-        # A descriptor of our own for the file pieces that wait, however many. They outlive what happens to the node,
-        # and a client that does not read cannot use up the descriptors of the process.
-        self._file = -1
-        self._file_pieces = 0
+        self._sent = 0  # bytes, ever
+        self._lends = sock.family == socket.AF_UNIX
+        self._lent: deque[tuple[int, Storage, int]] = deque()  # what `_sent` was after it, and whose use it is
+        self._timer: asyncio.TimerHandle | None = None
         self.broken = False
 
     @property
@@ -65,14 +83,24 @@ class Outbox:
             except OSError:
                 self._break()
                 return
+            self._sent += sent
             if sent == len(view):
                 return
         self._keep((memoryview(bytes(view[sent:])), None))
 
-    def send_mapped(self, pieces: list[memoryview], places: list[int], total: int, fd: int) -> None:
-        """Send pieces that come from scratch memory (even ones) and from a mapping of `fd` (odd ones), in turns.
+    def send_mapped(
+        self,
+        pieces: list[memoryview],
+        places: list[int],
+        storages: list[tuple[int, Storage]],
+        total: int,
+        *,
+        lent: bool = False,
+    ) -> None:
+        """Send pieces that come from scratch memory (even ones) and from mapped files (odd ones), in turns.
 
-        `places` says where in the file each of the latter lies: what the socket does not take is sent from the file.
+        `places` says where in its file each of the latter lies: what the socket does not take is sent from the file.
+        `storages` says from which of them on (by index in `places`) it is which file, in order and from 0.
         """
         if self.broken:
             return
@@ -85,43 +113,107 @@ class Outbox:
             except OSError:
                 self._break()
                 return
+            self._sent += sent
             if sent == total:
                 return
         for number, piece in enumerate(pieces):
-            if self.broken:
-                return
             length = len(piece)
             if sent >= length:
                 sent -= length
                 continue
             if number % 2:
-                self._keep_file(fd, places[number // 2] + sent, length - sent)
+                index = number // 2
+                storage = next(each for begins, each in reversed(storages) if begins <= index)
+                self._pieces.append(_FilePiece(storage, places[index] + sent, length - sent, lent))
             else:
                 self._pieces.append((memoryview(bytes(piece[sent:])), None))
             sent = 0
         self._watch()
 
-    def send_file(self, fd: int, offset: int, length: int) -> None:
+    def send_file(self, storage: Storage, offset: int, length: int, *, lent: bool = False) -> None:
         """Send a piece of a file that is in the page cache (rule R4)."""
-        if self.broken:
+        if lent or self._pieces:
+            self.send_files([(storage, offset, length)], lent=lent)
             return
-        if not self._pieces:
-            while length:
+        try:
+            while length and not self.broken:
+                sent = self._transfer(storage, offset, length, lent)
+                offset += sent
+                length -= sent
+        except BlockingIOError:
+            self._keep(_FilePiece(storage, offset, length, lent))
+        except OSError:
+            self._break()
+
+    def send_files(self, parts: Iterable[tuple[Storage, int, int]], *, lent: bool = False) -> None:
+        """The same for several (storage, offset, length)."""
+        lenders: set[Storage] = set()
+        for storage, offset, length in parts:
+            if self.broken:
+                return
+            while length and not self._pieces:
                 try:
-                    sent = os.sendfile(self._fd, fd, offset, length)
+                    sent = self._transfer(storage, offset, length, lent)
                 except BlockingIOError:
                     break
                 except OSError:
                     self._break()
                     return
-                if sent == 0:  # the file shrank after its header went out: only closing can tell the client
-                    self._break()
-                    return
                 offset += sent
                 length -= sent
-            if not length:
-                return
-        self._keep_file(fd, offset, length)
+                lenders.add(storage)
+            if length:
+                self._keep(_FilePiece(storage, offset, length, lent))
+        if lent and self._lends:
+            for storage in lenders:
+                self._lend(storage, storage.readers.begin())
+
+    def _transfer(self, storage: Storage, offset: int, length: int, lent: bool) -> int:
+        if lent and not self._lends:
+            sent = self._sock.send(os.pread(storage.fd, min(length, _COPY_BYTES), offset), socket.MSG_NOSIGNAL)
+        else:
+            sent = os.sendfile(self._fd, storage.fd, offset, length)
+        if sent == 0:  # the file shrank after its header went out: only closing can tell the client
+            raise BrokenPipeError
+        self._sent += sent
+        return sent
+
+    def _lend(self, storage: Storage, use: int) -> None:
+        """What has just been sent counts as being read until the peer has taken it."""
+        self._lent.append((self._sent, storage, use))
+        if self._timer is None:
+            self._timer = self._services.loop.call_later(_LENT_SECONDS, self._look, _LENT_SECONDS)
+
+    def settle(self) -> None:
+        """See what the peer has taken of what was lent; call it now and then while there is something."""
+        taken = self._sent - unread_bytes(self._fd)
+        while self._lent and self._lent[0][0] <= taken:
+            _, storage, use = self._lent.popleft()
+            storage.readers.end(use)
+
+    @property
+    def lends(self) -> bool:
+        """Whether the peer may still have to take something that was lent."""
+        return bool(self._lent)
+
+    def _look(self, interval: float) -> None:
+        """The same for a peer that asks for nothing any more: less and less often if it does not take it, either."""
+        self._timer = None
+        self.settle()
+        if self._lent:
+            interval = min(interval * 2, _LENT_SECONDS_MOST)
+            self._timer = self._services.loop.call_later(interval, self._look, interval)
+
+    def _return_all(self) -> None:
+        self._stop_timer()
+        while self._lent:
+            _, storage, use = self._lent.popleft()
+            storage.readers.end(use)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def queue(self, data: bytes | memoryview, buffer: Buffer | None = None) -> None:
         """Send at the next `flush`; `buffer`, if given, holds the bytes and is released when they are gone."""
@@ -149,13 +241,16 @@ class Outbox:
         self._unwatch()
 
     def _flush_file(self, piece: _FilePiece) -> None:
-        sent = os.sendfile(self._fd, self._file, piece.offset, piece.length)
-        if sent == 0:
-            raise BrokenPipeError
+        sent = self._transfer(piece.storage, piece.offset, piece.length, piece.lent)
         piece.offset += sent
         piece.length -= sent
-        if not piece.length:
-            self._release(self._pieces.popleft())
+        if piece.length:
+            return
+        self._pieces.popleft()
+        if piece.lent and self._lends:
+            self._lend(piece.storage, piece.use)
+        else:
+            piece.storage.readers.end(piece.use)
 
     def _flush_bytes(self) -> None:
         batch: list[memoryview] = []
@@ -168,6 +263,7 @@ class Outbox:
             if len(batch) == _IOV_MAX:
                 break
         sent = self._sock.sendmsg(batch, [], socket.MSG_NOSIGNAL | more)
+        self._sent += sent
         while sent:
             view, buffer = self._pieces.popleft()  # type: ignore[misc]  # the batch held no file pieces
             if sent < len(view):
@@ -176,19 +272,6 @@ class Outbox:
             sent -= len(view)
             if buffer is not None:
                 buffer.release()
-
-    def _keep_file(self, fd: int, offset: int, length: int) -> None:
-        """Keep a piece of a file; all that wait at a time are pieces of the same one."""
-        if self.broken:
-            return
-        if not self._file_pieces:
-            try:
-                self._file = os.dup(fd)
-            except OSError:  # out of descriptors: the header has gone out, so this reply cannot be taken back
-                self._break()
-                return
-        self._file_pieces += 1
-        self._keep(_FilePiece(offset, length))
 
     def _keep(self, piece: _Piece) -> None:
         self._pieces.append(piece)
@@ -216,21 +299,20 @@ class Outbox:
     def discard(self) -> None:
         """Forget what is left, and stop watching the socket."""
         self._unwatch()
+        self._return_all()
         while self._pieces:
             self._release(self._pieces.popleft())
 
     def _release(self, piece: _Piece) -> None:
         if isinstance(piece, _FilePiece):
-            self._file_pieces -= 1
-            if not self._file_pieces:
-                os.close(self._file)
-                self._file = -1
+            piece.storage.readers.end(piece.use)
         elif piece[1] is not None:
             piece[1].release()
 
     def detach(self) -> None:
         """Stop watching, on the old loop, and give its buffers back to it; `attach` goes on."""
         self._unwatch()
+        self._stop_timer()
         for number, piece in enumerate(self._pieces):
             if not isinstance(piece, _FilePiece) and piece[1] is not None:
                 self._pieces[number] = (memoryview(bytes(piece[0])), None)
@@ -241,3 +323,5 @@ class Outbox:
         self._services = services
         if self._pieces:
             self._watch()
+        if self._lent:
+            self._look(_LENT_SECONDS)

@@ -63,11 +63,11 @@ class Window:
         touched = self._epoch << 2 | _TOUCHED
         mark = self.marks[region]
         if mark == touched:
-            self.marks[region] = self.hot if self._is_hot(region, cache) else self._epoch << 2 | _COLD
+            self.marks[region] = self.hot if self._examine(region, cache) else self._epoch << 2 | _COLD
         elif mark >> 2 != self._epoch or not mark:
             self.marks[region] = touched
 
-    def _is_hot(self, region: int, cache: CacheStat) -> bool:
+    def _examine(self, region: int, cache: CacheStat) -> bool:
         start = region << REGION_BITS
         end = min(start + (1 << REGION_BITS), self.size)
         try:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from blkferry.testing import shuffled
 from blkferry.testing.daemon import DaemonThread
 
 WINDOW_START = 3 * 512
@@ -13,10 +14,13 @@ WINDOW_AFTER = 4096
 
 KINDS = ("buffered", "direct", "threads", "memory", "window", "window-direct")
 
+SHUFFLED = {"shuffled": 16, "shuffled-small": 12, "shuffled-direct": 13}
+"""Kinds whose bytes lie in many places, and of which an empty one is allocated in part: the bits of their clusters."""
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A node, and where its bytes are: `start` in the file at `path`, which is None for a memory disk."""
+    """A node, and where its bytes are: `start` in the file at `path`, which is None where they are not in one piece."""
 
     node: str
     path: Path | None
@@ -29,6 +33,8 @@ def add(daemon: DaemonThread, kind: str, directory: Path, size: int, *, name: st
         daemon.execute("blockdev-add", driver="memory", node_name=name, size=size, discard="unmap")
         return Place(name, None, 0)
     path = directory / f"{name}.img"
+    if kind in SHUFFLED:
+        return _add_shuffled(daemon, kind, path, size, name)
     window = kind.startswith("window")
     size -= size % 512 if window else 0
     before, after = (WINDOW_START, WINDOW_AFTER) if window else (0, 0)
@@ -55,3 +61,22 @@ def add(daemon: DaemonThread, kind: str, directory: Path, size: int, *, name: st
         file=options,
     )
     return Place(name, path, before)
+
+
+def _add_shuffled(daemon: DaemonThread, kind: str, path: Path, size: int, name: str) -> Place:
+    layout = shuffled.Layout.make(size, SHUFFLED[kind])
+    path.write_bytes(layout.empty_image())
+    daemon.execute(
+        "blockdev-add",
+        driver="file",
+        node_name=f"{name}-file",
+        filename=str(path),
+        cache={"direct": kind.endswith("direct")},
+    )
+    daemon.execute("blockdev-add", driver="memory", node_name=f"{name}-below", size=size // 2)
+
+    async def insert() -> None:
+        shuffled.insert(daemon.daemon.graph, name, layout, f"{name}-file", f"{name}-below")
+
+    daemon.call(insert)
+    return Place(name, None, 0)

@@ -13,7 +13,7 @@ from blkferry.wire.nbd.constants import Cmd, Errno, Mode
 SIZE = 5 << 20
 
 
-@pytest.fixture(params=["buffered", "memory", "window"])
+@pytest.fixture(params=["buffered", "memory", "window", "shuffled"])
 def place(request, tmp_path):
     with DaemonThread() as daemon:
         made = nodes.add(daemon, request.param, tmp_path, SIZE)

@@ -43,7 +43,7 @@ def counted():
     assert counter["requests"] >= 20_000
 
 
-@pytest.mark.parametrize("kind", ["buffered", "direct", "memory"])
+@pytest.mark.parametrize("kind", ["buffered", "direct", "memory", "shuffled-small"])
 def test_two_connections_equal_a_model(kind, tmp_path, counted):
     with DaemonThread() as daemon:
         daemon.export(nodes.add(daemon, kind, tmp_path, SIZE).node)

@@ -183,7 +183,7 @@ def seed() -> int:
     return int(os.environ.get("BLKFERRY_SEED", "0")) or random.randrange(1 << 30)
 
 
-@pytest.mark.parametrize("kind", nodes.KINDS)
+@pytest.mark.parametrize("kind", [*nodes.KINDS, *nodes.SHUFFLED])
 def test_random_histories(kind, tmp_path, seed):
     with DaemonThread(engine="threads" if kind == "threads" else "auto") as daemon:
         place = nodes.add(daemon, kind, tmp_path, SIZE)

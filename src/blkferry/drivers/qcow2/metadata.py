@@ -369,6 +369,8 @@ class Metadata:
                         length += 1
                     await self._discard(start << bits, length << bits)
                 await self.refcounts.adjust(first, count, -1)
+                if self.refcounts.blocks.crowded:
+                    await self.commit()
             except RefcountError as error:
                 raise CorruptError(str(error), error.offset) from error
 

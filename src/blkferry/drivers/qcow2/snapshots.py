@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import AsyncIterator, MutableSequence
+from collections.abc import AsyncIterator, Iterator, MutableSequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from blkferry.drivers.qcow2.entries import COMPRESSED, COPIED, OFFSET
+from blkferry.drivers.qcow2.entries import COMPRESSED, COPIED, OFFSET, Geometry
 from blkferry.drivers.qcow2.header import MAX_SNAPSHOTS, Incompatible
 from blkferry.drivers.qcow2.metadata import Metadata
 from blkferry.drivers.qcow2.opening import find_snapshot
+from blkferry.drivers.qcow2.refcounts import MISSING
 from blkferry.drivers.qcow2.resizing import grow_l1, pad
 from blkferry.drivers.qcow2.snapshot_table import NO_ICOUNT, Snapshot, build
 from blkferry.drivers.qcow2.words import CorruptError, big_endian, from_big_endian
@@ -25,6 +26,8 @@ from blkferry.schema.image import SnapshotInfo
 
 if TYPE_CHECKING:
     from blkferry.drivers.qcow2.node import Qcow2
+
+_STRETCH = 256
 
 
 def info(snapshot: Snapshot) -> SnapshotInfo:
@@ -184,13 +187,23 @@ async def _tables(metadata: Metadata, l1: MutableSequence[int]) -> AsyncIterator
             yield index, offset, from_big_endian(await metadata.file.get(offset, size))
 
 
+def _entries(geometry: Geometry, values: array[int]) -> Iterator[tuple[int, int]]:
+    """The entries of an L2 table that are not empty, with their places in it: most tables are sparse."""
+    words = geometry.words
+    for start in range(0, len(values), _STRETCH):
+        if any(values[start : start + _STRETCH]):
+            for place in range(start, min(start + _STRETCH, len(values)), words):
+                if values[place]:
+                    yield place, values[place]
+
+
 def _clusters_of(metadata: Metadata, values: array[int]) -> list[tuple[int, int]]:
     """The host clusters that an L2 table points at, adjacent ones together: the first and how many."""
     geometry = metadata.geometry
     bits = geometry.cluster_bits
     found: list[tuple[int, int]] = []
     first = count = 0
-    for entry in values[:: geometry.words]:
+    for _, entry in _entries(geometry, values):
         if entry & COMPRESSED:
             found.append(geometry.compressed_clusters(entry))
         elif offset := entry & OFFSET:
@@ -233,11 +246,13 @@ async def _set_copied(node: Qcow2) -> None:
     bits = geometry.cluster_bits
     async for index, table, values in _tables(metadata, metadata.l1):
         changed = False
-        for place in range(0, len(values), geometry.words):
-            entry = values[place]
+        for place, entry in _entries(geometry, values):
             if entry & COMPRESSED or not entry & OFFSET:
                 continue
-            once = await refcounts.count((entry & OFFSET) >> bits) == 1
+            count = refcounts.get((entry & OFFSET) >> bits)
+            if count is MISSING:
+                count = await refcounts.count((entry & OFFSET) >> bits)
+            once = count == 1
             wanted = entry | COPIED if once else entry & ~COPIED
             if wanted != entry:
                 values[place] = wanted

@@ -65,20 +65,20 @@ class TableCache:
         if table.dirty:
             self._dirty.add(number)
         if len(self.tables) > self.limit:
-            self._evict()
+            self._evict(number)
 
     def touch(self, number: int, low: int, high: int) -> None:
         """`Table.touch` for a table of this cache."""
         self.tables[number].touch(low, high)
         self._dirty.add(number)
 
-    def _evict(self) -> None:
+    def _evict(self, newest: int) -> None:
         for _ in range(2):  # the first round gives every table that was used a second chance
             for number in list(self.tables):
                 if len(self.tables) <= self.limit:
                     return
                 table = self.tables.pop(number)
-                if table.used or number in self._dirty or number in self._writing:
+                if table.used or number == newest or number in self._dirty or number in self._writing:
                     table.used = False
                     self.tables[number] = table
 

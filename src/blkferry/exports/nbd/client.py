@@ -9,9 +9,9 @@ one of three roads:
   together at the end of a batch of completions;
 - task: everything that needs more than one step (`slow`): zeroes, discards, unaligned or split ranges.
 
-The first two need a `Shortcut`; a node that has none takes the third. What does not fit into a turn waits: an
-incomplete request in the stash, the payload of a large write in a buffer of its own, replies in the outbox. While
-replies wait for the socket, or too much is in flight, nothing new is read.
+The first two need to know where the bytes are (`places`); what only a driver knows takes the third. What does not fit
+into a turn waits: an incomplete request in the stash, the payload of a large write in a buffer of its own, replies in
+the outbox. While replies wait for the socket, or too much is in flight, nothing new is read.
 
 Invariants: every request gets exactly one final reply unless the connection ends; the stream stays in step or the
 connection ends; nothing of a request is executed before its payload is complete.
@@ -30,7 +30,6 @@ from typing import TYPE_CHECKING, Any
 from blkferry.exports.nbd import slow, turn
 from blkferry.exports.nbd.limits import COMPLAINT_SECONDS, FEW, GATHER_SECONDS, MAX_IN_FLIGHT, MAX_IN_FLIGHT_BYTES
 from blkferry.exports.nbd.requests import Payload, with_whole_payload
-from blkferry.exports.nbd.shortcut import Shortcut, find
 from blkferry.plane.buffers import Buffer
 from blkferry.plane.drain import InFlight
 from blkferry.plane.loops import ended_unseen
@@ -63,6 +62,7 @@ class NbdClient:
     ) -> None:
         self.export = export
         self.root = export.root
+        self.places = export.places
         self.mode = negotiated.mode
         self.contexts = negotiated.contexts
         self.peer = peer
@@ -93,28 +93,6 @@ class NbdClient:
         self.services = export.root.services
         self.replies = turn.Replies(self)
         self.outbox = Outbox(sock, self.services, self._go_on)
-        self._shortcut: Shortcut | None = None
-        self._shortcut_known = False
-
-    # Where the bytes are ----------------------------------------------------------------------------------------
-
-    def shortcut(self) -> Shortcut | None:
-        """Where the export is one piece of one descriptor, that piece."""
-        if not self._shortcut_known:
-            self._shortcut = find(self.root, self.size, writable=not self.read_only)
-            self._shortcut_known = True
-        return self._shortcut
-
-    def mapped_fd(self) -> int:
-        """The descriptor of the mapping that this turn's replies came from."""
-        shortcut = self.shortcut()
-        assert shortcut is not None
-        return shortcut.storage.fd
-
-    def invalidate(self) -> None:
-        """Forget what lookups said; the next request asks again."""
-        self._shortcut = None
-        self._shortcut_known = False
 
     # Life ------------------------------------------------------------------------------------------------------
 
@@ -132,7 +110,6 @@ class NbdClient:
             payload.buffer = self.services.buffers.acquire(payload.length)
             payload.buffer.view[: payload.have] = self._moving
             self._moving = None
-        self.invalidate()
         self._paused = False
         self._go_on()
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 from blkferry.errors import Error, ErrorKind
 from blkferry.exports.base import Export, Host
 from blkferry.exports.nbd.client import NbdClient
+from blkferry.exports.nbd.places import Places
 from blkferry.exports.nbd.server import NbdServer
 from blkferry.graph.permissions import ALL, Permission
 from blkferry.graph.root import Root
@@ -42,6 +43,7 @@ class NbdExport(Export):
         self.description = options.description or ""
         self.clients: set[NbdClient] = set()
         self.size = 0
+        self.places = Places(root, writable=options.writable)
 
     @classmethod
     def permissions(cls, options: BlockExportOptions) -> tuple[Permission, Permission]:
@@ -61,7 +63,7 @@ class NbdExport(Export):
                     ErrorKind.INVALID_ARGUMENT, f"{what} '{text}' too long", hint=f"At most {MAX_STRING} bytes."
                 )
         self.server = server
-        self.size = align_down(self.root.node.length, SECTOR)
+        self.size = self.places.size = align_down(self.root.node.length, SECTOR)
         flags = _ALWAYS | (_WRITABLE if self.options.writable else TransmissionFlag.READ_ONLY)
         if server.max_connections != 1:
             flags |= TransmissionFlag.CAN_MULTI_CONN
@@ -91,9 +93,7 @@ class NbdExport(Export):
 
     def retired(self, start: int, end: int | None) -> None:
         """The node says that earlier lookups are void."""
-        del start, end
-        for client in list(self.clients):
-            client.invalidate()
+        self.places.retired(start, end)
 
     def admit(self, sock: socket.socket, negotiated: Negotiated, leftover: bytes, peer: str) -> None:
         """Serve a client that finished its handshake. Called on the main loop, which counts the client from now on."""
@@ -131,6 +131,7 @@ class NbdExport(Export):
     async def pause(self) -> None:
         for client in list(self.clients):
             await self.root.services.run(client.pause())
+        self.places.drop()
 
     async def resume(self) -> None:
         for client in list(self.clients):

@@ -8,6 +8,9 @@ SENDFILE_FROM = 32 << 10
 TURN_BYTES = 8 << 20
 """What one client may read in a turn, so that it does not starve the others of its loop."""
 
+PUT_COST = TURN_BYTES // 64
+"""What a write that its driver has to find a place for counts in a turn: it takes as long as reading that much."""
+
 STALL_SECONDS = 0.005
 """A turn with inline writes that takes longer was throttled by the kernel: writes then go by the engine for a while."""
 
@@ -23,6 +26,9 @@ MAX_IN_FLIGHT_BYTES = 64 << 20
 
 MAX_READ_PIECES = 64
 """Chunks of one sparse read; a read that is more fragmented comes as one chunk of data."""
+
+MAX_ENGINE_PIECES = 32
+"""Places that a read which is not in the page cache is gathered from at once; one that is more scattered is a task."""
 
 COMPLAINT_SECONDS = 1.0
 """One log line about failed requests of a client in this time."""

@@ -8,10 +8,19 @@ from __future__ import annotations
 
 import os
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 from blkferry.exports.nbd import slow
-from blkferry.exports.nbd.limits import MAX_READ_PIECES, SENDFILE_FROM, STALL_PENALTY_SECONDS, STALL_SECONDS, ZEROES
+from blkferry.exports.nbd.limits import (
+    MAX_ENGINE_PIECES,
+    MAX_READ_PIECES,
+    SENDFILE_FROM,
+    STALL_PENALTY_SECONDS,
+    STALL_SECONDS,
+    ZEROES,
+)
+from blkferry.graph import access
 from blkferry.plane.buffers import Buffer
 from blkferry.plane.storage import Storage
 from blkferry.plane.window import REGION_BITS
@@ -20,6 +29,10 @@ from blkferry.wire.nbd.constants import MAX_REQUEST, Cmd, CmdFlag, Errno, Mode
 
 if TYPE_CHECKING:
     from blkferry.exports.nbd.client import NbdClient
+    from blkferry.exports.nbd.places import Stretch
+
+
+_DF, _FUA = int(CmdFlag.DF), int(CmdFlag.FUA)  # as plain numbers: an IntFlag takes a microsecond to test
 
 
 class Payload:
@@ -47,9 +60,9 @@ def dispatch(client: NbdClient, data: memoryview, pos: int, end: int, request: w
         _refuse(client, request, refusal)
     elif request.type == Cmd.READ:
         _read(client, request)
-    elif request.type == Cmd.FLUSH and (shortcut := client.shortcut()) is not None and shortcut.write_end:
+    elif request.type == Cmd.FLUSH and (target := client.root.node.flush_target()) is not None:
         client.begin(0)
-        shortcut.storage.flush(lambda result: client.finished(request, result, 0))
+        target.flush(lambda result: client.finished(request, result, 0))
     else:
         client.spawn(slow.execute(client, request), 0)
     return pos
@@ -58,6 +71,14 @@ def dispatch(client: NbdClient, data: memoryview, pos: int, end: int, request: w
 def failed(client: NbdClient, request: wire.Request, error: OSError) -> bytes:
     """The reply to a request that the storage failed."""
     return slow.error_reply(client, request, error)
+
+
+def zeroes(mode: Mode, request: wire.Request) -> bytes:
+    """The reply to a small read of zeroes."""
+    if mode is Mode.SIMPLE or request.flags & _DF:
+        header = wire.data_header(mode, request, request.offset, request.length, done=True)
+        return header + ZEROES[: request.length]
+    return wire.hole_chunk(mode, request, request.offset, request.length, done=True)
 
 
 def _refuse(client: NbdClient, request: wire.Request, refusal: wire.Refusal) -> None:
@@ -88,17 +109,18 @@ def _with_payload(client: NbdClient, data: memoryview, pos: int, end: int, reque
     if payload.have < carried:
         client.payload = payload
     else:
-        with_whole_payload(client, payload)
+        with_whole_payload(client, payload, tried=True)
     return pos + payload.have
 
 
-def with_whole_payload(client: NbdClient, payload: Payload) -> None:
-    """Execute a request all of whose payload has come."""
+def with_whole_payload(client: NbdClient, payload: Payload, *, tried: bool = False) -> None:
+    """Execute a request all of whose payload has come; `tried` says that it could not be done within the turn."""
     request, buffer = payload.request, payload.buffer
     if buffer is None:
         return
     if request.type == Cmd.WRITE:
-        _write(client, request, buffer)
+        if tried or not _write_now(client, request, buffer):
+            _write(client, request, buffer)
         return
     parsed = wire.parse_status_filter(buffer.view[: payload.length], client.selected)
     buffer.release()
@@ -113,21 +135,45 @@ def with_whole_payload(client: NbdClient, payload: Payload) -> None:
         client.spawn(slow.execute(client, request, ids=parsed.ids), 0)
 
 
+def _write_now(client: NbdClient, request: wire.Request, buffer: Buffer) -> bool:
+    """Write from within the turn, if that can be done; tells whether it was, and then the buffer is released."""
+    places, root = client.places, client.root
+    whole = places.look()
+    storage = whole[0].storage if whole is not None and whole[0] is not None else None
+    throttled = places if storage is None else storage
+    now = time.monotonic()
+    if not places.may_write or request.flags & _FUA or root.writethrough or now < throttled.inline_writes_from:
+        return False
+    view = buffer.view[: request.length]
+    try:
+        if whole is None or storage is None:
+            if not access.write_now(root.node, request.offset, view):
+                return False
+        elif storage.direct:
+            return False
+        else:
+            storage.write_now(view, request.offset + whole[1])
+    except OSError as error:
+        reply = failed(client, request, error)
+    else:
+        reply = wire.success_reply(client.mode, request)
+    buffer.release()
+    client.outbox.send(memoryview(reply))
+    after = time.monotonic()
+    if after - now > STALL_SECONDS:
+        throttled.inline_writes_from = after + STALL_PENALTY_SECONDS
+    return True
+
+
 def _write(client: NbdClient, request: wire.Request, buffer: Buffer) -> None:
+    """Write in place by the engine where that is all there is to do, else as a task."""
     length = request.length
-    shortcut = client.shortcut()
-    if shortcut is None or request.offset + length > shortcut.write_end:
+    fua = bool(request.flags & _FUA) or client.root.writethrough
+    spot = client.places.in_place(request.offset, length)
+    if spot is None or (fua and client.root.node.flush_target() is not spot[0]):
         client.spawn(slow.write(client, request, buffer), length)
         return
-    storage = shortcut.storage
-    place = request.offset + shortcut.offset
-    fua = bool(request.flags & CmdFlag.FUA) or client.root.writethrough
-    now = time.monotonic()
-    if not fua and not storage.direct and now >= storage.inline_writes_from:
-        _write_inline(client, storage, request, buffer, place)
-        if time.monotonic() - now > STALL_SECONDS:
-            storage.inline_writes_from = now + STALL_PENALTY_SECONDS
-        return
+    storage, place = spot
     if storage.alignment > 1 and ((place | length) % storage.alignment or not storage.write_shortcut):
         client.spawn(slow.write(client, request, buffer), length)
         return
@@ -140,88 +186,175 @@ def _write(client: NbdClient, request: wire.Request, buffer: Buffer) -> None:
     storage.fast_write(buffer, length, place, fua, written)
 
 
-def _write_inline(client: NbdClient, storage: Storage, request: wire.Request, buffer: Buffer, place: int) -> None:
-    done = 0
-    storage.dirty += 1
-    try:
-        while done < request.length:
-            done += os.pwritev(storage.fd, (buffer.view[done : request.length],), place + done)
-    except OSError as error:
-        reply = failed(client, request, error)
-    else:
-        reply = wire.success_reply(client.mode, request)
-    finally:
-        buffer.release()
-    client.outbox.send(memoryview(reply))
-
-
 # --- Reads ----------------------------------------------------------------------------------------------------
 
 
 def _read(client: NbdClient, request: wire.Request) -> None:
-    """A read that is large, cold, unaligned, flagged or outside of the shortcut."""
-    shortcut = client.shortcut()
+    """A read that is large, cold, unaligned, flagged, or of several pieces."""
     length = request.length
-    if shortcut is None or not length or request.flags & CmdFlag.FUA or request.offset + length > shortcut.end:
-        client.spawn(slow.execute(client, request), length)
-        return
-    storage = shortcut.storage
-    place = request.offset + shortcut.offset
-    if storage.direct and (place | length) % storage.alignment:
-        client.spawn(slow.execute(client, request), length)
-        return
-    if not storage.direct and length >= SENDFILE_FROM and _send_cached(client, storage, request, place):
-        return
+    stretches = None
+    if length and not request.flags & _FUA:
+        stretches = client.places.stretches(request.offset, length)
+    if stretches is not None:
+        if length >= SENDFILE_FROM:
+            if _send_cached(client, request, stretches):
+                return
+        elif client.places.whole is None and _send_small(client, request, stretches):
+            return
+        if _gather(client, request, stretches):
+            return
+    client.spawn(slow.execute(client, request), length)
+
+
+def _send_small(client: NbdClient, request: wire.Request, stretches: list[Stretch]) -> bool:
+    """Send a small read of several pieces from the page cache; False when it is not all there."""
+    payload = bytearray(request.length)
+    view = memoryview(payload)
+    for lane, delta, start, end in stretches:
+        if lane is None:
+            continue
+        storage = lane.storage
+        if storage.inline_read_flags is None:
+            return False
+        part = view[start - request.offset : end - request.offset]
+        try:
+            count = os.preadv(storage.fd, (part,), start + delta, storage.inline_read_flags)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            client.outbox.send(memoryview(failed(client, request, error)))
+            return True
+        if count < len(part):
+            return False
+    client.outbox.send(memoryview(_small_reply(client, request, bytes(payload))))
+    return True
+
+
+def _gather(client: NbdClient, request: wire.Request, stretches: list[Stretch]) -> bool:
+    """Read all pieces at once by the engine; False when they are too many or not aligned."""
+    offset, length = request.offset, request.length
+    parts = [stretch for stretch in stretches if stretch[0] is not None]
+    for lane, delta, start, end in parts:
+        assert lane is not None
+        if lane.storage.direct and (start - offset | start + delta | end - start) % lane.storage.alignment:
+            return False
+    if not 0 < len(parts) <= MAX_ENGINE_PIECES:
+        return False
     buffer = client.services.buffers.acquire(length)
     client.begin(length)
+    left = len(parts)
+    failure = 0
+    is_short = False
 
-    def have_read(result: int) -> None:
-        if result == length:
+    def have_read(wanted: int, result: int) -> None:
+        nonlocal left, failure, is_short
+        if result < 0:
+            failure = result
+        elif result < wanted:
+            is_short = True
+        left -= 1
+        if left:
+            return
+        if not failure and not is_short:
             _answer_read(client, request, buffer)
             client.finished(None, 0, length)
             return
         buffer.release()
-        if result < 0:
-            client.finished(request, result, length)
+        if failure:
+            client.finished(request, failure, length)
         else:  # the end of the file: the task knows what may be zero there and what may not
             client.spawn(slow.execute(client, request), length)
             client.finished(None, 0, length)
 
-    storage.read(buffer, 0, length, place, have_read)
+    if len(parts) < len(stretches):
+        for lane, _, start, end in stretches:
+            if lane is None:
+                buffer.view[start - offset : end - offset] = bytes(end - start)
+    for lane, delta, start, end in parts:
+        assert lane is not None
+        count = end - start
+        lane.storage.read(buffer, start - offset, count, start + delta, partial(have_read, count))
+    return True
 
 
-def _send_cached(client: NbdClient, storage: Storage, request: wire.Request, place: int) -> bool:
+_Part = tuple[Storage | None, int, int]
+"""(storage, place, length) of data in the page cache; zeroes where there is no storage."""
+
+
+def _send_cached(client: NbdClient, request: wire.Request, stretches: list[Stretch]) -> bool:
     """Send a large read from the page cache, its holes as holes; False when it is not all there."""
-    length = request.length
+    sparse = client.mode != Mode.SIMPLE and not request.flags & _DF
+    turn = client.places.turn
+    parts: list[_Part] = []
+    for lane, delta, start, end in stretches:
+        place, length = start + delta, end - start
+        if lane is None:
+            parts.append((None, 0, length))
+        elif lane.is_hot(place, length, turn):
+            parts.append((lane.storage, place, length))
+        elif lane.storage.direct or not _add_cached(client, lane.storage, place, length, sparse, parts):
+            return False
+    chunks = _chunks(parts)
+    if not sparse or len(chunks) > MAX_READ_PIECES:
+        chunks = [parts]
+        sparse = False
+    offset, end = request.offset, request.offset + request.length
+    for chunk in chunks:
+        length = sum(part[2] for part in chunk)
+        done = offset + length == end
+        if sparse and chunk[0][0] is None:
+            hole = wire.hole_chunk(client.mode, request, offset, length, done=done)
+            client.outbox.send(memoryview(hole), more=not done)
+        else:
+            header = wire.data_header(client.mode, request, offset, length, done=done)
+            client.outbox.send(memoryview(header), more=True)
+            _send_parts(client, [chunk] if sparse else _chunks(chunk))
+        offset += length
+    return True
+
+
+def _chunks(parts: list[_Part]) -> list[list[_Part]]:
+    """Data and zeroes apart."""
+    chunks: list[list[_Part]] = []
+    for part in parts:
+        if chunks and (chunks[-1][0][0] is None) == (part[0] is None):
+            chunks[-1].append(part)
+        else:
+            chunks.append([part])
+    return chunks
+
+
+def _send_parts(client: NbdClient, chunks: list[list[_Part]]) -> None:
+    lent = client.places.whole is None
+    for chunk in chunks:
+        if chunk[0][0] is not None:
+            client.outbox.send_files(chunk, lent=lent)  # type: ignore[arg-type]  # there is a storage in all of them
+            continue
+        for _, _, length in chunk:
+            for start in range(0, length, len(ZEROES)):
+                client.outbox.queue(ZEROES[: length - start])
+        client.outbox.flush()
+
+
+def _add_cached(client: NbdClient, storage: Storage, place: int, length: int, sparse: bool, parts: list[_Part]) -> bool:
+    """Add the data and holes of a piece of a file to `parts`; False when it is not all in the page cache."""
     if place + length > storage.refresh_size():  # sendfile ends where the file does: an odd tail, or it was cut off
         return False
     pieces = [(length, True)]
-    sparse = client.mode != Mode.SIMPLE and not request.flags & CmdFlag.DF
     if sparse and storage.seek_inline and not storage.known_data(place, length):
         pieces = storage.allocation(place, length, MAX_READ_PIECES)
         if sum(piece for piece, _ in pieces) < length:
             return False  # too fragmented to be worth it: one chunk of data is
-    if not storage.in_memory:
-        at = place
-        for piece, is_data in pieces:
-            if is_data and not client.services.cache.resident(storage.fd, at, piece):
-                return False
-            at += piece
+    at = place
+    for piece, is_data in pieces:
+        if is_data and not storage.in_memory and not client.services.cache.resident(storage.fd, at, piece):
+            return False
+        parts.append((storage if is_data else None, at, piece))
+        at += piece
     window = storage.window()
     if window is not None and place + length <= window.size:
         window.touch(place >> REGION_BITS, client.services.cache)
         window.touch(place + length - 1 >> REGION_BITS, client.services.cache)
-    offset = request.offset
-    for piece, is_data in pieces:
-        done = offset + piece == request.offset + length
-        if is_data:
-            header = wire.data_header(client.mode, request, offset, piece, done=done)
-            client.outbox.send(memoryview(header), more=True)
-            client.outbox.send_file(storage.fd, place + offset - request.offset, piece)
-        else:
-            chunk = wire.hole_chunk(client.mode, request, offset, piece, done=done)
-            client.outbox.send(memoryview(chunk), more=not done)
-        offset += piece
     return True
 
 
@@ -234,8 +367,10 @@ def _answer_read(client: NbdClient, request: wire.Request, buffer: Buffer) -> No
         return
     payload = buffer.view[:length].tobytes()
     buffer.release()
-    sparse = client.mode != Mode.SIMPLE and not request.flags & CmdFlag.DF
-    if sparse and not payload[0] and payload == ZEROES[:length]:
-        client.queue(wire.hole_chunk(client.mode, request, request.offset, length, done=True))
-    else:
-        client.queue(wire.data_header(client.mode, request, request.offset, length, done=True) + payload)
+    client.queue(_small_reply(client, request, payload))
+
+
+def _small_reply(client: NbdClient, request: wire.Request, payload: bytes) -> bytes:
+    if not payload[0] and payload == ZEROES[: request.length]:
+        return zeroes(client.mode, request)
+    return wire.data_header(client.mode, request, request.offset, request.length, done=True) + payload

@@ -3,6 +3,10 @@
 This is the only module written for speed alone. It handles the two commonest requests, reads that cannot sleep and
 buffered writes without flags, in straight lines, and hands everything else to `requests.dispatch`. Headers are compared
 eight bytes at a time: magic, flags and type of a request, and of a reply, are one number each.
+
+Where the export is not one piece (`places`), each request begins with finding its piece; a write that has none in which
+it may overwrite is put by its driver at once, if that can be done. Both may void what the turn knew: pieces are found
+anew for every request, and replies that are still to be sent from a mapped file leave before such a write.
 """
 
 from __future__ import annotations
@@ -14,12 +18,14 @@ from typing import TYPE_CHECKING
 from blkferry.exports.nbd import requests
 from blkferry.exports.nbd.limits import (
     MAX_MAPPED,
+    PUT_COST,
     SENDFILE_FROM,
     STALL_PENALTY_SECONDS,
     STALL_SECONDS,
     TURN_BYTES,
     ZEROES,
 )
+from blkferry.graph import access
 from blkferry.plane.services import MAX_SLOTS, SCRATCH_OUT
 from blkferry.plane.window import REGION_BITS
 from blkferry.wire.nbd import codec
@@ -28,6 +34,8 @@ from blkferry.wire.nbd.constants import MAX_REQUEST, Mode
 
 if TYPE_CHECKING:
     from blkferry.exports.nbd.client import NbdClient
+    from blkferry.exports.nbd.places import Lane, Places
+    from blkferry.plane.storage import Storage
 
 
 def serve(client: NbdClient, data: memoryview, end: int) -> int:
@@ -39,39 +47,73 @@ def serve(client: NbdClient, data: memoryview, end: int) -> int:
     out, view = services.scratch_out, services.scratch_view
     slots: dict[int, tuple[memoryview]] = {}
     slot_length = 0
-    shortcut = client.shortcut()
-    read_end = write_end = map_end = delta = inline_flags = hot = 0
+    places, root, replies = client.places, client.root, client.replies
+    read_end = write_end = map_end = hot_end = delta = inline_flags = hot = bits = 0
     fd = -1
-    window = None
-    if shortcut is not None:
-        started = time.monotonic()
-        storage = shortcut.storage
-        fd, delta = storage.fd, shortcut.offset
-        if storage.inline_read_flags is not None:
-            inline_flags, read_end = storage.inline_read_flags, shortcut.end
-            window = storage.window()
-            if window is not None and storage.refresh_size() >= window.size:
-                marks, mapped, map_end, hot = window.marks, window.view, window.size, window.tick(started)
-        if not storage.direct and not client.root.writethrough and started >= storage.inline_writes_from:
-            write_end = shortcut.write_end
+    window = pieces = put = None
+    current: Lane | Places | None = places  # neither a lane nor none
+    throttled: Storage | Places = places
+    started = places.turn = time.monotonic()
+    whole = places.look()
+    if whole is not None:
+        lane, delta, _, read_end, write_end = whole
+        assert lane is not None
+        throttled = lane.storage
+        storage, fd, inline_flags, marks, mapped, map_end, hot, window = lane.ready(started)
+        replies.storages[:] = [(0, storage)]
+        hot_end = min(map_end - delta, read_end)
+        if storage.direct or root.writethrough or started < storage.inline_writes_from:
+            write_end = 0
+    else:
+        replies.storages.clear()
+        if client.outbox.lends:
+            client.outbox.settle()
+        pieces, bits, size, node = places.granules, places.bits, places.size, root.node
+        if places.may_write and not root.writethrough and started >= places.inline_writes_from:
+            put = access.write_now
     mode = client.mode
     simple, structured = mode is Mode.SIMPLE, mode is Mode.STRUCTURED
     read_head, read_df_head, write_head, unpack, header, data_prefix, pack_data, data_header = codec.FAST[mode]
     preadv, pwritev = os.preadv, os.pwritev
     straight = True
     written = 0
-    replies = client.replies
-    add_piece, add_place, places = replies.pieces.append, replies.places.append, replies.places
-    hot_end = min(map_end - delta, read_end)
+    add_piece, add_spot, spots = replies.pieces.append, replies.spots.append, replies.spots
     pos = filled = begun = 0
     budget = TURN_BYTES
     while end - pos >= header:
         head, cookie, offset, length = unpack(data, pos)
         is_read = head == read_head or head == read_df_head  # noqa: PLR1714 - a set costs twice as much
+        if pieces is not None:
+            piece = pieces.get(offset >> bits)
+            if piece is None:
+                piece = places.fill(offset)
+                bits = places.bits
+            lane, delta, piece_end, read_end, write_end = piece
+            if lane is not current:
+                if lane is not None:
+                    current = lane
+                    storage, fd, inline_flags, marks, mapped, map_end, hot, window = lane.ready(started)
+                    replies.storages.append((len(spots), storage))
+                elif is_read and 0 < length < SENDFILE_FROM and offset + length <= piece_end:
+                    reply = requests.zeroes(mode, codec.request(head, cookie, offset, length))
+                    if filled + len(reply) > SCRATCH_OUT:
+                        budget -= replies.send(begun, filled)
+                        filled = begun = 0
+                        if budget <= 0 or client.outbox.blocked:
+                            break
+                    begun, filled = replies.append(begun, filled, reply)
+                    pos += header
+                    continue
+            if length >= SENDFILE_FROM and is_read and read_end:
+                read_end = places.reach(piece, offset + length)
+                bits = places.bits
+            hot_end = read_end if read_end + delta <= map_end else 0
+            if put is None:
+                write_end = 0
         if is_read and offset + length <= read_end and 0 < length < SENDFILE_FROM:
             start = filled + data_header
             place = offset + delta
-            if start + length > SCRATCH_OUT or len(places) == MAX_MAPPED:
+            if start + length > SCRATCH_OUT or len(spots) == MAX_MAPPED:
                 budget -= replies.send(begun, filled)
                 filled = begun = 0
                 if budget <= 0 or client.outbox.blocked:
@@ -89,7 +131,7 @@ def serve(client: NbdClient, data: memoryview, end: int) -> int:
                         pack_data(out, filled, data_prefix, cookie, offset, length + 8, offset)
                     add_piece(view[begun:start])
                     add_piece(mapped[place:last])
-                    add_place(place)
+                    add_spot(place)
                     begun = filled = start
                     pos += header
                     continue
@@ -142,6 +184,26 @@ def serve(client: NbdClient, data: memoryview, end: int) -> int:
             written += length
             begun, filled = replies.append(begun, filled, reply)
             continue
+        elif put is not None and head == write_head and offset + length <= size and 0 < length <= end - pos - header:
+            if spots:  # what has not been sent must not become something else before it is
+                budget -= replies.send(begun, filled)
+                filled = begun = 0
+            done = True
+            try:
+                done = put(node, offset, data[pos + header : pos + header + length])
+            except OSError as error:
+                reply = requests.failed(client, codec.request(head, cookie, offset, length), error)
+            else:
+                reply = codec.write_reply(mode, cookie, offset)
+            bits = places.bits
+            if done:
+                pos += header + length
+                written += length
+                begun, filled = replies.append(begun, filled, reply)
+                budget -= PUT_COST
+                if budget <= 0:
+                    break
+                continue
         elif is_read and offset + length <= hot_end and length <= MAX_REQUEST and filled + data_header <= SCRATCH_OUT:
             place = offset + delta
             first, last = place >> REGION_BITS, (place + length - 1) >> REGION_BITS
@@ -153,7 +215,7 @@ def serve(client: NbdClient, data: memoryview, end: int) -> int:
                 else:
                     pack_data(out, filled, data_prefix, cookie, offset, length + 8, offset)
                 replies.send(begun, filled + data_header, more=True)
-                client.outbox.send_file(fd, place, length)
+                client.outbox.send_file(storage, place, length, lent=pieces is not None)
                 pos += header
                 filled = begun = 0
                 straight = False
@@ -173,6 +235,7 @@ def serve(client: NbdClient, data: memoryview, end: int) -> int:
             return 0
         budget -= length
         pos = requests.dispatch(client, data, pos + header, end, request)
+        bits = places.bits
         if client.closed or client.ending:
             return 0
         if client.payload is not None:
@@ -181,34 +244,39 @@ def serve(client: NbdClient, data: memoryview, end: int) -> int:
     if written:
         now = time.monotonic()
         if now - started > STALL_SECONDS:
-            storage.inline_writes_from = now + STALL_PENALTY_SECONDS
+            throttled.inline_writes_from = now + STALL_PENALTY_SECONDS
     client.turn_over(data[pos:end], more=end - pos >= header)
     requests_served = (pos - written) // header
     return requests_served if straight and (not written or requests_served == 1) else 0
 
 
 class Replies:
-    """The replies of a turn, in order: scratch memory, in turns with pieces of the mapped file. Empty between turns."""
+    """The replies of a turn, in order: scratch memory, in turns with pieces of mapped files. Empty between turns.
+
+    `spots` says where in its file each of the latter lies, `storages` from which of them on it is which file.
+    """
 
     def __init__(self, client: NbdClient) -> None:
         self._client = client
         self.pieces: list[memoryview] = []
-        self.places: list[int] = []
+        self.spots: list[int] = []
+        self.storages: list[tuple[int, Storage]] = []
 
     def send(self, begun: int, filled: int, *, more: bool = False) -> int:
         """Send everything; what is in scratch memory from `begun` to `filled` comes last. Returns how many bytes."""
         client = self._client
         view = client.services.scratch_view
-        if not self.places:
+        if not self.spots:
             if filled:
                 client.outbox.send(view[:filled], more=more)
             return filled
         if filled > begun:
             self.pieces.append(view[begun:filled])
         total = filled + sum(map(len, self.pieces[1::2]))
-        client.outbox.send_mapped(self.pieces, self.places, total, client.mapped_fd())
+        client.outbox.send_mapped(self.pieces, self.spots, self.storages, total, lent=client.places.whole is None)
         self.pieces.clear()
-        self.places.clear()
+        self.spots.clear()
+        self.storages[:] = [(0, self.storages[-1][1])]
         return total
 
     def append(self, begun: int, filled: int, reply: bytes) -> tuple[int, int]:
