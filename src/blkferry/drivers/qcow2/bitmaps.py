@@ -160,12 +160,10 @@ class StoredBitmaps:
         await metadata.commit()
         old = node.header.bitmaps
         assert old is not None
-        header = replace(
-            metadata.header,
-            bitmaps=BitmapsExtension(count=len(entries), directory_size=len(directory), directory_offset=offset),
+        await metadata.rewrite_header(
+            bitmaps=BitmapsExtension(count=len(entries), directory_size=len(directory), directory_offset=offset)
         )
-        await metadata.rewrite_header(header)
-        node.adopt_header(header)
+        node.adopt_header(metadata.header)
         obsolete.append((old.directory_offset >> bits, metadata.geometry.clusters(old.directory_size)))
         for first, count in obsolete:
             for cluster in range(first, first + count):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -65,9 +64,7 @@ async def mark(node: Qcow2) -> None:
     if node.header.version < 3:
         return
     try:
-        await metadata.update_header(
-            replace(metadata.header, incompatible=metadata.header.incompatible | Incompatible.CORRUPT)
-        )
+        await metadata.change_header(incompatible=metadata.header.incompatible | Incompatible.CORRUPT)
         node.adopt_header(metadata.header)
     except OSError as error:
         log.error("%s: could not mark the image as corrupt: %s", node.filename(), error.strerror)  # noqa: TRY400

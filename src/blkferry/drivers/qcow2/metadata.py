@@ -8,8 +8,8 @@ that a crash between any two steps leaves nothing worse than clusters that are c
 2. entries of the refcount table and refcounts, which only ever grow here, then a flush; this one also covers the data
    that was written before the commit began, and whole new L2 tables;
 3. L2 and L1 entries, which point only at what steps 1 and 2 made durable, then a flush;
-4. only now may the clusters that nothing points at any more be counted down (`drop`), and only after everybody who
-   looked them up earlier has ended. They become free, and their lower counts are part of the next commit.
+4. only now are the clusters that nothing points at any more counted down (see `reclaiming`), and their lower counts
+   are part of the next commit.
 
 So a cluster is never reused while the disk, or a reader, may still take it for what it was. Step 1 is needed once every
 few GiB. With lazy refcounts steps 1 and 2 wait for the image to be closed, and the dirty bit says so meanwhile.
@@ -23,14 +23,15 @@ import logging
 import os
 import struct
 from array import array
-from collections.abc import Callable, Coroutine
+from collections.abc import MutableSequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from blkferry.drivers.qcow2.commits import Writes
 from blkferry.drivers.qcow2.entries import COPIED, OFFSET, Geometry
 from blkferry.drivers.qcow2.header import Header, Incompatible
-from blkferry.drivers.qcow2.refcounts import MAX_TABLE_BYTES, MISSING, RefcountError, Refcounts
+from blkferry.drivers.qcow2.reclaiming import Reclaiming
+from blkferry.drivers.qcow2.refcounts import MAX_TABLE_BYTES, MISSING, Refcounts
 from blkferry.drivers.qcow2.tables import Table, TableCache
 from blkferry.drivers.qcow2.words import CorruptError, big_endian, from_big_endian
 from blkferry.graph import access
@@ -41,25 +42,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RECLAIM_SECONDS = 1.0
-"""How long dropped clusters wait for a flush of a client before a commit of our own frees them."""
-
-RECLAIM_CLUSTERS = 4096
-"""So many dropped clusters do not wait."""
-
 MAX_HOST_OFFSET = 1 << 56
 
 _FIXED_FIELDS = struct.Struct(">QIIQQIIQ")
 _FIXED_FIELDS_AT = 24
 """From `size` to `snapshots_offset`; in version 3 the three words of features follow."""
-
-
-class Dropped(NamedTuple):
-    """Host clusters that lose one reference; `discard`: the host may have their space back when that was the last."""
-
-    first: int
-    clusters: int
-    discard: bool
 
 
 class Metadata:
@@ -88,19 +75,16 @@ class Metadata:
         self.services = services
         self.writable = False
         self.lazy = False
-        self.on_corrupt: Callable[[CorruptError], None] = _log_corruption
         self.l1_dirty: set[int] = set()
-        self._dropped: list[Dropped] = []
-        self._dropped_clusters = 0
+        self.reclaiming = Reclaiming(file, refcounts, services, self.commit)
         self._loading: dict[int, asyncio.Future[None]] = {}
-        self._timer: asyncio.TimerHandle | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
         self.known: dict[int, str] = {}
         """Host clusters that hold metadata, by index: no guest data may ever be written there."""
         self._new_locks()
 
     def _new_locks(self) -> None:
         self._committing = asyncio.Lock()
+        self._header_changing = asyncio.Lock()
         self.structure = asyncio.Lock()
         """Held while tables are added, moved or shared out; taken before `_committing`."""
 
@@ -108,12 +92,21 @@ class Metadata:
         """Live on another loop; `pause` has been awaited on the old one."""
         self.services = services
         self._new_locks()
+        self.reclaiming.move(services)
 
     def know(self, offset: int, length: int, name: str) -> None:
         """Note that a range of the file holds metadata."""
         first = offset >> self.geometry.cluster_bits
         for cluster in range(first, first + self.geometry.clusters(length)):
             self.known[cluster] = name
+
+    def know_tables(self, old: MutableSequence[int], new: MutableSequence[int]) -> None:
+        """The active L2 tables are those that `new` names now, no longer those of `old`."""
+        for entry in old:
+            self.known.pop((entry & OFFSET) >> self.geometry.cluster_bits, None)
+        for entry in new:
+            if entry & OFFSET:
+                self.know(entry & OFFSET, 1, "active L2 table")
 
     # L2 slices -------------------------------------------------------------------------------------------------
 
@@ -304,9 +297,7 @@ class Metadata:
             table[number + index] = offset
         await self.file.put(first << bits, big_endian(table))
         await self.file.node.flush()
-        await self.update_header(
-            replace(self.header, refcount_table_offset=first << bits, refcount_table_clusters=clusters)
-        )
+        await self.change_header(refcount_table_offset=first << bits, refcount_table_clusters=clusters)
         self.refcounts.table = table
         self.know(first << bits, clusters << bits, "refcount table")
         self.know((first + clusters) << bits, blocks << bits, "refcount block")
@@ -323,63 +314,9 @@ class Metadata:
                 at = cluster << self.geometry.cluster_bits
                 raise CorruptError(f"Preventing invalid allocation at offset {at:#x}: it is the {name}", at)
 
-    # Giving up clusters ----------------------------------------------------------------------------------------
-
     def drop(self, first: int, count: int, *, discard: bool) -> None:
         """Nothing in memory refers to these clusters any more: count them down when the disk agrees."""
-        self._dropped.append(Dropped(first, count, discard))
-        self._dropped_clusters += count
-        if self._timer is None:
-            self._timer = self.services.loop.call_later(RECLAIM_SECONDS, self._reclaim_soon)
-        elif self._dropped_clusters >= RECLAIM_CLUSTERS > self._dropped_clusters - count:
-            self._timer.cancel()
-            self._reclaim_soon()
-
-    def _reclaim_soon(self) -> None:
-        self._timer = None
-        self._spawn(self.commit())
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = self.services.loop.create_task(self._in_background(work))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
-        try:
-            await work
-        except CorruptError as error:
-            self.on_corrupt(error)
-        except OSError as error:  # whoever flushes next is told; what could not be freed is a leak
-            log.warning("could not write metadata: %s", error.strerror)
-
-    async def _reclaim(self, batch: list[Dropped]) -> None:
-        for file in {id(file): file for file in (self.file, self.data_file) if file is not None}.values():
-            await file.settle()
-        bits = self.geometry.cluster_bits
-        for first, count, discard in sorted(batch):  # neighbours share a refcount block
-            try:
-                if discard:
-                    start = length = 0
-                    for cluster in range(first, first + count):
-                        if await self.refcounts.count(cluster) != 1:
-                            continue
-                        if start + length != cluster:
-                            await self._discard(start << bits, length << bits)
-                            start, length = cluster, 0
-                        length += 1
-                    await self._discard(start << bits, length << bits)
-                await self.refcounts.adjust(first, count, -1)
-                if self.refcounts.blocks.crowded:
-                    await self.commit()
-            except RefcountError as error:
-                raise CorruptError(str(error), error.offset) from error
-
-    async def _discard(self, offset: int, length: int) -> None:
-        if length:
-            try:
-                await access.discard(self.file.node, offset, length)
-            except OSError as error:
-                log.info("could not discard %d bytes at %#x: %s", length, offset, error.strerror)
+        self.reclaiming.drop(first, count, discard=discard)
 
     # Writing it all down ---------------------------------------------------------------------------------------
 
@@ -392,7 +329,7 @@ class Metadata:
             or self.slices.any_dirty()
             or refcounts.blocks.any_dirty()
             or refcounts.dirty_entries
-            or self._dropped
+            or self.reclaiming.any_dropped
         )
 
     @property
@@ -412,14 +349,13 @@ class Metadata:
         refcounts = self.refcounts
         with_refcounts = closing or not self.lazy or refcounts.blocks.crowded
         writes = Writes(self, with_refcounts)
-        dropped, self._dropped = self._dropped, []
-        self._dropped_clusters = 0
+        dropped = self.reclaiming.take_dropped()
         if not writes.any:
             await self._flush_files()
         else:
             try:
                 if self.lazy and not with_refcounts:
-                    await self.mark_dirty()
+                    await self.set_dirty(True)
                 if writes.fresh_blocks:
                     await self._write(writes.fresh_blocks)
                     await self.file.node.flush()
@@ -432,13 +368,12 @@ class Metadata:
                     await self.file.node.flush()
             except BaseException:
                 writes.undo()
-                self._dropped = dropped + self._dropped
+                self.reclaiming.put_back(dropped)
                 raise
             finally:
                 self.slices.written()
                 refcounts.blocks.written()
-        if dropped:  # not awaited: it waits for readers, and a flush must not wait for a client that does not read
-            self._spawn(self._reclaim(dropped))
+        self.reclaiming.count_down(dropped)
 
     async def _flush_files(self) -> None:
         if self.data_file is not None:
@@ -449,57 +384,49 @@ class Metadata:
         for offset, data in pieces:
             await self.file.put(offset, data)
 
-    async def mark_dirty(self) -> None:
-        """Set the dirty bit, durably, before refcounts become wrong on disk."""
-        if not self.header.incompatible & Incompatible.DIRTY:
-            await self.update_header(replace(self.header, incompatible=self.header.incompatible | Incompatible.DIRTY))
+    async def set_dirty(self, dirty: bool) -> None:
+        """Set or clear the dirty bit, durably. It is set before refcounts become wrong on disk. Raises OSError."""
+        incompatible = self.header.incompatible & ~Incompatible.DIRTY | (Incompatible.DIRTY if dirty else 0)
+        if incompatible != self.header.incompatible:
+            await self.change_header(incompatible=incompatible)
 
-    async def update_header(self, header: Header) -> None:
-        """Replace the fixed fields of the header, durably. Raises OSError.
+    async def change_header(self, **fields: Any) -> None:
+        """Change fixed fields of the header, durably. Raises OSError.
 
         They lie in one sector, which a disk writes whole or not at all. Extensions and names stay where they are.
         """
-        features = (header.incompatible, header.compatible, header.autoclear) if header.version >= 3 else ()
-        fields = _FIXED_FIELDS.pack(
-            header.size,
-            header.crypt_method,
-            header.l1_size,
-            header.l1_table_offset,
-            header.refcount_table_offset,
-            header.refcount_table_clusters,
-            header.nb_snapshots,
-            header.snapshots_offset,
-        )
-        await self.file.put(_FIXED_FIELDS_AT, fields + b"".join(each.to_bytes(8, "big") for each in features))
-        await self.file.node.flush()
-        self.header = header
+        async with self._header_changing:
+            header = replace(self.header, **fields)
+            features = (header.incompatible, header.compatible, header.autoclear) if header.version >= 3 else ()
+            packed = _FIXED_FIELDS.pack(
+                header.size,
+                header.crypt_method,
+                header.l1_size,
+                header.l1_table_offset,
+                header.refcount_table_offset,
+                header.refcount_table_clusters,
+                header.nb_snapshots,
+                header.snapshots_offset,
+            )
+            await self.file.put(_FIXED_FIELDS_AT, packed + b"".join(each.to_bytes(8, "big") for each in features))
+            await self.file.node.flush()
+            self.header = header
 
-    async def rewrite_header(self, header: Header) -> None:
-        """Replace the whole header with its extensions, durably. Raises OSError, or Error when it does not fit."""
-        data = header.build()
-        await self.file.put(0, data + bytes(self.geometry.cluster_size - len(data)))
-        await self.file.node.flush()
-        self.header = header
-
-    async def pause(self) -> None:
-        """Finish what goes on in the background."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+    async def rewrite_header(self, **fields: Any) -> None:
+        """Change anything in the header, and write all of it, durably. Raises OSError, or Error if it does not fit."""
+        async with self._header_changing:
+            header = replace(self.header, **fields)
+            data = header.build()
+            await self.file.put(0, data + bytes(self.geometry.cluster_size - len(data)))
+            await self.file.node.flush()
+            self.header = header
 
     async def finish(self) -> None:
-        """Write everything, free what was dropped, and let the file end where its last cluster does. Raises OSError."""
-        await self.pause()
+        """Write everything and count down what was dropped, as if the image were closed. Raises OSError."""
+        await self.reclaiming.pause()
         while True:
             await self.commit(closing=True)
-            await self.pause()
+            await self.reclaiming.pause()
             if not self.dirty:
                 break
-        if self.header.incompatible & Incompatible.DIRTY:
-            await self.update_header(replace(self.header, incompatible=self.header.incompatible & ~Incompatible.DIRTY))
-
-
-def _log_corruption(error: CorruptError) -> None:
-    log.error("%s", error.strerror)
+        await self.set_dirty(False)

@@ -120,7 +120,7 @@ class Qcow2(Node):
         self.writing = Writing(self)
         self.remapping = Remapping(self)
         self.compressed_space = CompressedSpace(self)
-        self.metadata.on_corrupt = self.found_corruption
+        self.metadata.reclaiming.on_corrupt = self.found_corruption
         self.update_mapper()
 
     def adopt_header(self, header: Header) -> None:
@@ -170,10 +170,13 @@ class Qcow2(Node):
         if self._marking is not None:
             await asyncio.wait([self._marking])
         if self._opened:
-            await self.metadata.pause()
-            if self._clean_timer is not None:
-                self._clean_timer.cancel()
-                self._clean_timer = None
+            await self.metadata.reclaiming.interrupt()
+            self._stop_cleaning()
+
+    def _stop_cleaning(self) -> None:
+        if self._clean_timer is not None:
+            self._clean_timer.cancel()
+            self._clean_timer = None
 
     def move(self, services: Services) -> None:
         super().move(services)
@@ -199,7 +202,9 @@ class Qcow2(Node):
     async def close(self) -> None:
         if not self._opened:
             return
-        await self.pause()
+        if self._marking is not None:
+            await asyncio.wait([self._marking])
+        self._stop_cleaning()
         if self.metadata.writable and not self.corrupt:
             try:
                 await self.settle_on_disk()
@@ -211,6 +216,7 @@ class Qcow2(Node):
         """Leave the image as somebody else should find it. Raises OSError or Error."""
         await self.bitmaps.store(self)
         await self.metadata.finish()
+        await self.metadata.reclaiming.rested()
         self.adopt_header(self.metadata.header)
         file = self.file
         if file.grown and file.needed < file.length:

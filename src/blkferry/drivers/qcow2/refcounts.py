@@ -52,6 +52,8 @@ class Refcounts:
         self.per_block = codec.entries(1 << cluster_bits)
         self.hint = 0
         """No cluster below this index is free, as far as is known."""
+        self.resting: set[int] = set()
+        """Clusters whose count is 0 and that must not be taken yet, for somebody may still read there."""
 
     def block_offset(self, number: int) -> int:
         """Where block `number` is, 0 if there is none. Raises RefcountError for a place that cannot be."""
@@ -99,19 +101,22 @@ class Refcounts:
                 return MISSING
             block.used = True
             values = block.values
+            base = number * per_block
             first = self.codec.find_free(values, index)
+            while first >= 0 and base + first in self.resting:
+                first = self.codec.find_free(values, first + 1)
             if first < 0:
                 self.hint = (number + 1) * per_block
                 continue
             last = first + 1
             end = min(first + wanted, per_block)
             values[first] = 1
-            while last < end and not values[last]:
+            while last < end and not values[last] and base + last not in self.resting:
                 values[last] = 1
                 last += 1
             self.blocks.touch(number, first, last)
-            self.hint = number * per_block + last
-            return number * per_block + first, last - first
+            self.hint = base + last
+            return base + first, last - first
 
     def give_back(self, first: int, count: int) -> None:
         """Undo `take`: nothing refers to these clusters yet, in memory or on disk."""
@@ -121,34 +126,52 @@ class Refcounts:
             self.blocks.touch(number, index, index + 1)
         self.hint = min(self.hint, first)
 
-    async def adjust(self, first: int, count: int, change: int) -> None:
-        """Add `change` to the refcounts of clusters that are in use. Raises RefcountError when that cannot be."""
+    async def adjust(self, first: int, count: int, change: int, *, rest: bool = False) -> list[int]:
+        """Add `change` to the refcounts of clusters that are in use. Raises RefcountError when that cannot be.
+
+        Those that become 0 are free at once, or with `rest` when `wake` says so; they are returned.
+        """
+        zero: list[int] = []
         done = 0
         try:
             for cluster in range(first, first + count):
-                await self._adjust(cluster, change)
+                if not await self._adjust(cluster, change, rest=rest):
+                    zero.append(cluster)
                 done += 1
         except RefcountError:
             for cluster in range(first, first + done):
-                await self._adjust(cluster, -change)
+                await self._adjust(cluster, -change, rest=rest, back=True)
             raise
+        return zero
 
-    async def _adjust(self, cluster: int, change: int) -> None:
+    async def _adjust(self, cluster: int, change: int, *, rest: bool, back: bool = False) -> int:
         number, index = divmod(cluster, self.per_block)
-        while self.blocks.get(number) is None:
+        while (block := self.blocks.get(number)) is None:
             if not self.block_offset(number):
                 raise RefcountError(f"cluster {cluster << self.cluster_bits:#x} is in use but has no refcount", 0)
             await self.load(number)
-        value = self.blocks.tables[number].values[index] + change
+        old = block.values[index]
+        value = old + change
         at = cluster << self.cluster_bits
-        if value < 0 or value == change == 1:
+        if value < 0 or (not old and not back):
             raise RefcountError(f"the refcount of the cluster at {at:#x} is 0 although it is in use", at)
         if value > self.codec.maximum:
             raise RefcountError(f"the refcount of the cluster at {at:#x} would exceed {self.codec.maximum}", at)
-        self.blocks.tables[number].values[index] = value
+        block.values[index] = value
         self.blocks.touch(number, index, index + 1)
         if not value:
-            self.hint = min(self.hint, cluster)
+            if rest:
+                self.resting.add(cluster)
+            else:
+                self.hint = min(self.hint, cluster)
+        elif back:
+            self.resting.discard(cluster)
+        return value
+
+    def wake(self, first: int, count: int) -> None:
+        """These clusters have rested, and are free."""
+        self.resting.difference_update(range(first, first + count))
+        self.hint = min(self.hint, first)
 
     def add_block(self, number: int, offset: int) -> None:
         """Begin block `number` in its own first cluster, at `offset`, which counts itself."""

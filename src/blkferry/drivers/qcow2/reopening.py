@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from blkferry.drivers.qcow2 import opening
@@ -74,9 +73,8 @@ async def change_backing_file(node: Qcow2, name: str | None, image_format: str |
         )
     if name is not None and len(name.encode()) > 1023:
         raise Error(ErrorKind.INVALID_ARGUMENT, "Backing file name too long", hint="At most 1023 bytes.")
-    header = replace(node.header, backing_file=name or None, backing_format=image_format if name else None)
     try:
-        await node.metadata.rewrite_header(header)
+        await node.metadata.rewrite_header(backing_file=name or None, backing_format=image_format if name else None)
     except OSError as error:
         raise Error.from_oserror(f"Could not change backing file to '{name or ''}'", error, node=node.name) from error
-    node.adopt_header(header)
+    node.adopt_header(node.metadata.header)

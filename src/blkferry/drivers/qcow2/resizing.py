@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from blkferry.drivers.qcow2.words import big_endian
@@ -79,7 +78,7 @@ async def _clear_what_was_behind(node: Qcow2, old: int, length: int) -> None:
 
 async def _set_size(node: Qcow2, length: int) -> None:
     metadata = node.metadata
-    await metadata.update_header(replace(metadata.header, size=length))
+    await metadata.change_header(size=length)
     node.adopt_header(metadata.header)
 
 
@@ -97,7 +96,7 @@ async def grow_l1(node: Qcow2, entries: int) -> None:
         metadata.check_free(offset, 8 * entries)
         await metadata.file.put(offset, pad(big_endian(l1), geometry.cluster_size))
     await metadata.commit()
-    await metadata.update_header(replace(metadata.header, l1_size=entries, l1_table_offset=offset))
+    await metadata.change_header(l1_size=entries, l1_table_offset=offset)
     metadata.l1 = l1
     node.adopt_header(metadata.header)
     _moved(node, header.l1_table_offset, 8 * header.l1_size, offset, 8 * entries, "active L1 table")

@@ -10,11 +10,10 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import AsyncIterator, Iterator, MutableSequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from blkferry.drivers.qcow2.entries import COMPRESSED, COPIED, OFFSET, Geometry
-from blkferry.drivers.qcow2.header import MAX_SNAPSHOTS, Incompatible
+from blkferry.drivers.qcow2.header import MAX_SNAPSHOTS
 from blkferry.drivers.qcow2.metadata import Metadata
 from blkferry.drivers.qcow2.opening import find_snapshot
 from blkferry.drivers.qcow2.refcounts import MISSING
@@ -127,12 +126,11 @@ async def apply(node: Qcow2, wanted: str) -> Snapshot:
                 offset = await _place(node, big_endian(l1))
                 await metadata.commit()
                 old, old_offset = metadata.l1, metadata.header.l1_table_offset
-                await metadata.update_header(
-                    replace(metadata.header, size=size, l1_size=len(l1), l1_table_offset=offset)
-                )
+                await metadata.change_header(size=size, l1_size=len(l1), l1_table_offset=offset)
                 metadata.l1 = l1
                 metadata.slices.forget()
                 metadata.know(offset, 8 * len(l1), "active L1 table")
+                metadata.know_tables(old, l1)
                 node.adopt_header(metadata.header)
                 await _drop_all(node, old, old_offset)
     except OSError as error:
@@ -153,15 +151,14 @@ class _dirty:  # noqa: N801 - reads as a verb
 
     async def __aenter__(self) -> None:
         if self._node.header.version >= 3:
-            await self._node.metadata.mark_dirty()
+            await self._node.metadata.set_dirty(True)
 
     async def __aexit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         del rest
         metadata = self._node.metadata
-        if kind is None and metadata.header.incompatible & Incompatible.DIRTY and not metadata.lazy:
+        if kind is None and not metadata.lazy:
             await metadata.commit()
-            header = replace(metadata.header, incompatible=metadata.header.incompatible & ~Incompatible.DIRTY)
-            await metadata.update_header(header)
+            await metadata.set_dirty(False)
         self._node.adopt_header(metadata.header)
 
 
@@ -284,7 +281,7 @@ async def _drop_all(node: Qcow2, l1: MutableSequence[int], l1_offset: int) -> No
     if count:
         metadata.drop(first, count, discard=False)
     await metadata.commit()
-    await metadata.pause()  # it has been counted down when this returns
+    await metadata.reclaiming.pause()  # it has been counted down when this returns
     await _set_copied(node)
 
 
@@ -308,7 +305,7 @@ async def _store(node: Qcow2, snapshots: list[Snapshot]) -> None:
     header = metadata.header
     offset = await _place(node, build(snapshots)) if snapshots else 0
     await metadata.commit()
-    await metadata.update_header(replace(header, nb_snapshots=len(snapshots), snapshots_offset=offset))
+    await metadata.change_header(nb_snapshots=len(snapshots), snapshots_offset=offset)
     if header.nb_snapshots:
         first = header.snapshots_offset >> header.cluster_bits
         count = metadata.geometry.clusters(len(build(node.snapshots)))
