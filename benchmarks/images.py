@@ -7,10 +7,11 @@ cache of a tmpfs cannot be dropped, and its O_DIRECT is none.
 from __future__ import annotations
 
 import os
+import subprocess
 from enum import Enum
 from pathlib import Path
 
-from servers import BenchError
+from servers import BenchError, peer
 
 MIB = 1 << 20
 SIZE = 1 << 30
@@ -22,6 +23,12 @@ class Image(Enum):
     RANDOM = "random.img"  # random bytes everywhere
     STRIPED = "striped.img"  # 64 KiB of random bytes and 64 KiB of hole, in turns
     HOLE = "hole.img"  # one hole
+    QCOW2 = "random.qcow2"  # the bytes of random.img, made by qemu-img
+    QCOW2_FRESH = "fresh.qcow2"  # nothing allocated; made anew for every run
+
+    @property
+    def format(self) -> str:
+        return "qcow2" if self.value.endswith(".qcow2") else "raw"
 
 
 class Cache(Enum):
@@ -52,6 +59,15 @@ def prepare(directory: Path, image: Image) -> Path:
     if (kind := file_system(directory)) in IN_MEMORY:
         raise BenchError(f"{directory} is on {kind}: name a directory on a disk with --images")
     path = directory / image.value
+    if image is Image.QCOW2_FRESH:
+        qemu_img("create", "-q", "-f", "qcow2", str(path), str(SIZE))
+        return path
+    if image is Image.QCOW2:
+        if not path.exists():
+            making = path.with_suffix(".making")
+            qemu_img("convert", "-f", "raw", "-O", "qcow2", str(prepare(directory, Image.RANDOM)), str(making))
+            making.rename(path)
+        return path
     if path.exists() and path.stat().st_size == SIZE:
         return path
     making = path.with_suffix(".making")
@@ -71,6 +87,17 @@ def prepare(directory: Path, image: Image) -> Path:
     finally:
         making.unlink(missing_ok=True)
     return path
+
+
+def content(path: Path) -> Path:
+    """The raw image with the bytes that a client sees of this one."""
+    return path.with_name(Image.RANDOM.value) if path.name == Image.QCOW2.value else path
+
+
+def qemu_img(*arguments: str) -> None:
+    done = subprocess.run([*peer("qemu-img"), *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BenchError(f"qemu-img {arguments[0]}: {done.stderr.strip()}")
 
 
 def remove(directory: Path) -> None:

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from images import SIZE, settle
+from images import SIZE, Image, content, settle
 from probe import EXPORT, Probe
-from servers import STOP_SECONDS, Access, BenchError, Server, peer, running, serving, wait_ready
+from servers import BLKFERRY_RAW, STOP_SECONDS, Access, BenchError, Server, peer, running, serving, wait_ready
 from workloads import Row
 
 TICK_SECONDS = 1 / os.sysconf("SC_CLK_TCK")
@@ -99,9 +99,17 @@ def fio(row: Row, socket: Path, seconds: float) -> dict[str, object]:
 
 
 def run_workload(row: Row, server: Server, image: Path, scratch: Path, seconds: float) -> Sample:
-    access = Access(image, scratch / "sock", writable=row.is_write, direct=row.direct, iothread=row.iothread)
+    access = Access(
+        image,
+        scratch / "sock",
+        writable=row.is_write,
+        direct=row.direct,
+        iothread=row.iothread,
+        format=row.image.format,
+        content=None if row.image is Image.QCOW2_FRESH else content(image),
+    )
     with serving(server, access) as pid:
-        settle(image, row.cache)
+        settle(access.content if server is BLKFERRY_RAW and access.content else image, row.cache)
         before = cpu_ticks(pid)
         job = fio(row, access.socket, seconds)
         ticks = cpu_ticks(pid) - before
@@ -120,7 +128,7 @@ def run_workload(row: Row, server: Server, image: Path, scratch: Path, seconds: 
 
 
 def measure_idle(server: Server, image: Path, scratch: Path, seconds: float) -> Idle:
-    access = Access(image, scratch / "sock")
+    access = Access(image, scratch / "sock", content=image)
     with serving(server, access) as pid, Probe.read_one(access.socket):
         time.sleep(SETTLE_SECONDS)
         ticks, (nanoseconds, switches) = cpu_ticks(pid), thread_totals(pid)
@@ -140,7 +148,7 @@ def first_byte(server: Server, image: Path, scratch: Path) -> float:
     A shell stands where the server will be, in its mount namespace if it has one, and execs it on our word: what it
     takes to enter the peers root is nobody's start-up time. We try to connect every half millisecond.
     """
-    access = Access(image, scratch / "sock")
+    access = Access(image, scratch / "sock", content=image)
     access.socket.unlink(missing_ok=True)
     argv = server.command(access)
     prefix = list(peer("sh")) if argv[0] == peer("sh")[0] else ["/bin/sh"]

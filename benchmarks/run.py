@@ -93,6 +93,8 @@ class Bench:
                     continue
                 self.progress(f"{row.name}, round {number + 1} of {self.chosen.rounds}: {server.label}")
                 try:
+                    if row.image is Image.QCOW2_FRESH:
+                        image = self.image(row.image)
                     sample = run_workload(row, server, image, self.scratch, self.chosen.seconds)
                     result.samples.setdefault(server.label, []).append(sample)
                 except BenchError as failure:

@@ -38,6 +38,8 @@ class Access:
     writable: bool = False
     direct: bool = False
     iothread: bool = False
+    format: str = "raw"
+    content: Path | None = None  # the raw image with the bytes that a client is to see; None where nobody knows them
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,9 @@ def ours(program: str) -> str:
 def qsd_options(access: Access, *, aio: str = "") -> list[str]:
     """The options that QSD and blkferry-qsd share: being the same is the point."""
     image = str(access.image).replace(",", ",,")
-    blockdev = f"driver=file,node-name=disk,filename={image},read-only={'off' if access.writable else 'on'}"
+    is_raw = access.format == "raw"
+    blockdev = f"driver=file,node-name={'disk' if is_raw else 'file'},filename={image}"
+    blockdev += f",read-only={'off' if access.writable else 'on'}"
     export = f"type=nbd,id=export,node-name=disk,name={EXPORT},writable={'on' if access.writable else 'off'}"
     options = []
     if access.direct:
@@ -90,6 +94,9 @@ def qsd_options(access: Access, *, aio: str = "") -> list[str]:
         export += ",iothread=io1"
     socket = str(access.socket).replace(",", ",,")
     options += ["--blockdev", blockdev]
+    if not is_raw:
+        read_only = "off" if access.writable else "on"
+        options += ["--blockdev", f"driver={access.format},node-name=disk,file=file,read-only={read_only}"]
     options += ["--nbd-server", f"addr.type=unix,addr.path={socket}"]
     options += ["--export", export]
     return options
@@ -101,6 +108,12 @@ def qsd(access: Access, *, aio: str = "") -> list[str]:
 
 def blkferry(access: Access) -> list[str]:
     return [ours("blkferry-qsd"), *qsd_options(access)]
+
+
+def blkferry_raw(access: Access) -> list[str]:
+    """The same bytes from a raw image: what the format costs."""
+    assert access.content is not None
+    return blkferry(replace(access, image=access.content, format="raw"))
 
 
 def blkferry_without_ring(access: Access) -> list[str]:
@@ -124,6 +137,9 @@ def nbdkit(access: Access) -> list[str]:
 
 BLKFERRY = Server("blkferry", "blkferry", blkferry)
 BLKFERRY_THREADS = Server("blkferry, io_uring refused", "blkferry", blkferry_without_ring)
+BLKFERRY_RAW = Server(
+    "blkferry, raw image", "blkferry", blkferry_raw, note="the same bytes without the format", is_judge=False
+)
 BLKFERRY_SERVE = Server("blkferry serve", "blkferry", blkferry_serve)
 QSD = Server("QSD", "QSD", qsd)
 QSD_IO_URING = replace(QSD, label="QSD aio=io_uring", command=functools.partial(qsd, aio="io_uring"))
@@ -184,7 +200,8 @@ def serving(server: Server, access: Access) -> Iterator[int]:
     with running(server.command(access), scratch) as process:
         with wait_ready(server, process, access.socket) as probe:
             try:
-                probe.check(access.image)
+                if access.content is not None:
+                    probe.check(access.content)
             except OSError as failure:
                 raise BenchError(f"{server.label}: {failure}; {said(scratch)}") from None
         try:

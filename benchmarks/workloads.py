@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from images import Cache, Image
+from images import SIZE, Cache, Image
 from servers import (
     BLKFERRY,
+    BLKFERRY_RAW,
     BLKFERRY_THREADS,
     NBDKIT,
     NBDKIT_NOCACHE,
@@ -17,6 +18,7 @@ from servers import (
 )
 
 EVERYONE = (BLKFERRY, QSD, NBDKIT)
+QCOW2_READERS = (BLKFERRY, BLKFERRY_RAW, QSD)
 DIRECT = (QSD, QSD_IO_URING, QSD_NATIVE, NBDKIT_NOCACHE)
 
 
@@ -32,6 +34,7 @@ NO_TARGET = Target()
 DEEP = Target(cpu=0.5, iops=1.5)
 SHALLOW = Target(iops=0.9)
 LARGE_READ = Target(cpu=0.4)
+ALLOCATING = Target(iops=1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +120,71 @@ ROWS = (
         8,
         image=Image.HOLE,
         target=LARGE_READ,
+    ),
+    Row(
+        "qcow2-read-4k-qd32",
+        "4 KiB random read, QD 32, page cache, qcow2",
+        "randread",
+        K4,
+        32,
+        image=Image.QCOW2,
+        servers=QCOW2_READERS,
+        target=Target(iops=2.0),
+        note="The CPU of blkferry with the raw image is the other yardstick: at most 1.3 times that.",
+    ),
+    Row(
+        "qcow2-read-4k-qd1",
+        "4 KiB random read, QD 1, page cache, qcow2",
+        "randread",
+        K4,
+        1,
+        image=Image.QCOW2,
+        servers=QCOW2_READERS,
+        target=SHALLOW,
+    ),
+    Row(
+        "qcow2-read-256k-qd8",
+        "256 KiB sequential read, QD 8, page cache, qcow2",
+        "read",
+        K256,
+        8,
+        image=Image.QCOW2,
+        servers=QCOW2_READERS,
+        target=LARGE_READ,
+    ),
+    Row(
+        "qcow2-allocate-64k-qd8",
+        "64 KiB sequential write to a new qcow2 image, QD 8",
+        "write",
+        64 << 10,
+        8,
+        image=Image.QCOW2_FRESH,
+        servers=(BLKFERRY, QSD),
+        target=ALLOCATING,
+        most_bytes=SIZE,
+    ),
+    Row(
+        "qcow2-allocate-4k-qd32",
+        "4 KiB sequential write to a new qcow2 image, QD 32",
+        "write",
+        K4,
+        32,
+        image=Image.QCOW2_FRESH,
+        servers=(BLKFERRY, QSD),
+        target=ALLOCATING,
+        most_bytes=SIZE,
+    ),
+    Row(
+        "qcow2-allocate-random-qd32",
+        "4 KiB random write to a new qcow2 image, QD 32",
+        "randwrite",
+        K4,
+        32,
+        image=Image.QCOW2_FRESH,
+        servers=(BLKFERRY, QSD),
+        target=ALLOCATING,
+        most_bytes=64 << 20,
+        note="16,384 writes into 16,384 clusters, each block once: most of them allocate.",
     ),
     Row(
         "iothread-4k-qd32",

@@ -163,7 +163,7 @@ class StoredBitmaps:
         await metadata.rewrite_header(
             bitmaps=BitmapsExtension(count=len(entries), directory_size=len(directory), directory_offset=offset)
         )
-        node.adopt_header(metadata.header)
+        node.header_changed()
         obsolete.append((old.directory_offset >> bits, metadata.geometry.clusters(old.directory_size)))
         for first, count in obsolete:
             for cluster in range(first, first + count):

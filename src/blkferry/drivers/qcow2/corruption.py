@@ -7,7 +7,6 @@ import logging
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from blkferry.drivers.qcow2.header import Incompatible
 from blkferry.drivers.qcow2.refcounts import RefcountError
 from blkferry.drivers.qcow2.words import CorruptError
 from blkferry.errors import Error
@@ -64,7 +63,7 @@ async def mark(node: Qcow2) -> None:
     if node.header.version < 3:
         return
     try:
-        await metadata.change_header(incompatible=metadata.header.incompatible | Incompatible.CORRUPT)
-        node.adopt_header(metadata.header)
+        await metadata.set_corrupt()
+        node.header_changed()
     except OSError as error:
         log.error("%s: could not mark the image as corrupt: %s", node.filename(), error.strerror)  # noqa: TRY400

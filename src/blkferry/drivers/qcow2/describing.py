@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from blkferry.drivers.qcow2 import snapshots
-from blkferry.drivers.qcow2.bitmap_directory import BitmapFlags
-from blkferry.drivers.qcow2.header import Autoclear, Compatible, CompressionType, CryptMethod, Incompatible
+from blkferry.drivers.qcow2.bitmap_directory import BitmapEntry, BitmapFlags
+from blkferry.drivers.qcow2.header import Autoclear, Compatible, CompressionType, CryptMethod, Header, Incompatible
 from blkferry.graph.filename import full_path
 from blkferry.schema.crypto import (
     ImageInfoSpecificQCow2Encryption,
@@ -28,54 +30,68 @@ from blkferry.schema.image import (
 
 if TYPE_CHECKING:
     from blkferry.crypt.luks_layout import Header as LuksHeader
-    from blkferry.drivers.qcow2.node import Qcow2
+    from blkferry.drivers.qcow2.snapshot_table import Snapshot
 
 
-def image_info(node: Qcow2) -> ImageInfo:
-    """All that is known of the image, without its backing image."""
-    header = node.header
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What has been read of an image, opened or not. `data_file` is the name of the file that is used as that."""
+
+    filename: str
+    header: Header
+    actual_size: int | None
+    snapshots: Sequence[Snapshot] = ()
+    bitmaps: Sequence[BitmapEntry] = ()
+    luks: LuksHeader | None = None
+    data_file: str | None = None
+    corrupt: bool = False
+
+
+def image_info(known: Known) -> ImageInfo:
+    """All of it as queries tell it, without the backing image."""
+    header = known.header
     encrypted = header.crypt_method is not CryptMethod.NONE
     named = header.backing_file
     return ImageInfo(
-        filename=node.filename(),
-        format=node.driver,
-        virtual_size=node.length,
-        actual_size=node.allocated_size(),
+        filename=known.filename,
+        format="qcow2",
+        virtual_size=header.size // 512 * 512,
+        actual_size=known.actual_size,
         dirty_flag=bool(header.incompatible & Incompatible.DIRTY),
         cluster_size=header.cluster_size,
         encrypted=True if encrypted else None,
         backing_filename=named,
-        full_backing_filename=None if named is None else full_path(named, node.filename()),
+        full_backing_filename=None if named is None else full_path(named, known.filename),
         backing_filename_format=header.backing_format,
-        snapshots=[snapshots.info(snapshot) for snapshot in node.snapshots] or None,
-        format_specific=_specific(node),
+        snapshots=[snapshots.info(snapshot) for snapshot in known.snapshots] or None,
+        format_specific=_specific(known),
     )
 
 
-def _specific(node: Qcow2) -> ImageInfoSpecificQCow2:
-    header = node.header
+def _specific(known: Known) -> ImageInfoSpecificQCow2:
+    header = known.header
     zstd = header.compression_type is CompressionType.ZSTD
     facts: dict[str, Any] = {}
     if header.version >= 3:
         facts = {
             "lazy_refcounts": bool(header.compatible & Compatible.LAZY_REFCOUNTS),
-            "corrupt": bool(header.incompatible & Incompatible.CORRUPT) or node.corrupt,
+            "corrupt": bool(header.incompatible & Incompatible.CORRUPT) or known.corrupt,
             "extended_l2": header.extended_l2,
-            "bitmaps": _bitmaps(node),
+            "bitmaps": _bitmaps(known),
         }
-        if node.data_file is not None:
-            facts["data_file"] = header.data_file or node.data_file.node.filename()
+        if header.incompatible & Incompatible.DATA_FILE:
+            facts["data_file"] = header.data_file or known.data_file
             facts["data_file_raw"] = bool(header.autoclear & Autoclear.DATA_FILE_RAW)
     return ImageInfoSpecificQCow2(
         compat="1.1" if header.version >= 3 else "0.10",
         refcount_bits=header.refcount_bits,
-        encrypt=_encryption(node),
+        encrypt=_encryption(known),
         compression_type=Qcow2CompressionType.ZSTD if zstd else Qcow2CompressionType.ZLIB,
         **facts,
     )
 
 
-def _bitmaps(node: Qcow2) -> list[Qcow2BitmapInfo] | None:
+def _bitmaps(known: Known) -> list[Qcow2BitmapInfo] | None:
     return [
         Qcow2BitmapInfo(
             name=entry.name,
@@ -89,14 +105,14 @@ def _bitmaps(node: Qcow2) -> list[Qcow2BitmapInfo] | None:
                 if entry.flags & flag
             ],
         )
-        for entry in node.bitmaps.entries
+        for entry in known.bitmaps
     ] or None
 
 
-def _encryption(node: Qcow2) -> ImageInfoSpecificQCow2Encryption | None:
-    if node.header.crypt_method is CryptMethod.NONE:
+def _encryption(known: Known) -> ImageInfoSpecificQCow2Encryption | None:
+    if known.header.crypt_method is CryptMethod.NONE:
         return None
-    return ImageInfoSpecificQCow2EncryptionAes() if node.luks is None else _luks(node.luks)
+    return ImageInfoSpecificQCow2EncryptionAes() if known.luks is None else _luks(known.luks)
 
 
 def _luks(volume: LuksHeader) -> ImageInfoSpecificQCow2EncryptionLuks:

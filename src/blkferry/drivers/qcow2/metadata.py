@@ -348,14 +348,14 @@ class Metadata:
     async def _commit(self, closing: bool) -> None:
         refcounts = self.refcounts
         with_refcounts = closing or not self.lazy or refcounts.blocks.crowded
+        if not with_refcounts and (refcounts.blocks.any_dirty() or refcounts.dirty_entries):
+            await self.set_dirty(dirty=True)
         writes = Writes(self, with_refcounts)
         dropped = self.reclaiming.take_dropped()
         if not writes.any:
             await self._flush_files()
         else:
             try:
-                if self.lazy and not with_refcounts:
-                    await self.set_dirty(True)
                 if writes.fresh_blocks:
                     await self._write(writes.fresh_blocks)
                     await self.file.node.flush()
@@ -384,11 +384,20 @@ class Metadata:
         for offset, data in pieces:
             await self.file.put(offset, data)
 
-    async def set_dirty(self, dirty: bool) -> None:
+    async def set_dirty(self, *, dirty: bool) -> None:
         """Set or clear the dirty bit, durably. It is set before refcounts become wrong on disk. Raises OSError."""
-        incompatible = self.header.incompatible & ~Incompatible.DIRTY | (Incompatible.DIRTY if dirty else 0)
+        async with self._header_changing:
+            await self._set_incompatible(Incompatible.DIRTY, on=dirty)
+
+    async def set_corrupt(self) -> None:
+        """Set the corrupt bit, durably. Raises OSError."""
+        async with self._header_changing:
+            await self._set_incompatible(Incompatible.CORRUPT, on=True)
+
+    async def _set_incompatible(self, bit: Incompatible, *, on: bool) -> None:
+        incompatible = self.header.incompatible & ~bit | (bit if on else Incompatible(0))
         if incompatible != self.header.incompatible:
-            await self.change_header(incompatible=incompatible)
+            await self._write_fixed_fields(replace(self.header, incompatible=incompatible))
 
     async def change_header(self, **fields: Any) -> None:
         """Change fixed fields of the header, durably. Raises OSError.
@@ -396,21 +405,23 @@ class Metadata:
         They lie in one sector, which a disk writes whole or not at all. Extensions and names stay where they are.
         """
         async with self._header_changing:
-            header = replace(self.header, **fields)
-            features = (header.incompatible, header.compatible, header.autoclear) if header.version >= 3 else ()
-            packed = _FIXED_FIELDS.pack(
-                header.size,
-                header.crypt_method,
-                header.l1_size,
-                header.l1_table_offset,
-                header.refcount_table_offset,
-                header.refcount_table_clusters,
-                header.nb_snapshots,
-                header.snapshots_offset,
-            )
-            await self.file.put(_FIXED_FIELDS_AT, packed + b"".join(each.to_bytes(8, "big") for each in features))
-            await self.file.node.flush()
-            self.header = header
+            await self._write_fixed_fields(replace(self.header, **fields))
+
+    async def _write_fixed_fields(self, header: Header) -> None:
+        features = (header.incompatible, header.compatible, header.autoclear) if header.version >= 3 else ()
+        packed = _FIXED_FIELDS.pack(
+            header.size,
+            header.crypt_method,
+            header.l1_size,
+            header.l1_table_offset,
+            header.refcount_table_offset,
+            header.refcount_table_clusters,
+            header.nb_snapshots,
+            header.snapshots_offset,
+        )
+        await self.file.put(_FIXED_FIELDS_AT, packed + b"".join(each.to_bytes(8, "big") for each in features))
+        await self.file.node.flush()
+        self.header = header
 
     async def rewrite_header(self, **fields: Any) -> None:
         """Change anything in the header, and write all of it, durably. Raises OSError, or Error if it does not fit."""
@@ -429,4 +440,4 @@ class Metadata:
             await self.reclaiming.pause()
             if not self.dirty:
                 break
-        await self.set_dirty(False)
+        await self.set_dirty(dirty=False)

@@ -81,7 +81,6 @@ class Qcow2(Node):
     supports_backing: ClassVar[bool] = True
     supports_snapshots: ClassVar[bool] = True
     options: BlockdevOptionsQcow2
-    header: Header
     metadata: Metadata
     mapper: Mapper
 
@@ -123,10 +122,14 @@ class Qcow2(Node):
         self.metadata.reclaiming.on_corrupt = self.found_corruption
         self.update_mapper()
 
-    def adopt_header(self, header: Header) -> None:
-        """The header has changed on disk."""
-        self.header = header
-        self.length = header.size // 512 * 512
+    @property
+    def header(self) -> Header:
+        """What the header on disk says."""
+        return self.metadata.header
+
+    def header_changed(self) -> None:
+        """The size of the disk may be another one."""
+        self.length = self.header.size // 512 * 512
 
     @property
     def file(self) -> HostFile:
@@ -217,7 +220,7 @@ class Qcow2(Node):
         await self.bitmaps.store(self)
         await self.metadata.finish()
         await self.metadata.reclaiming.rested()
-        self.adopt_header(self.metadata.header)
+        self.header_changed()
         file = self.file
         if file.grown and file.needed < file.length:
             await file.node.resize(file.needed)
@@ -567,7 +570,18 @@ class Qcow2(Node):
         await reopening.change_backing_file(self, backing_file, backing_format)
 
     def image_info(self) -> ImageInfo:
-        return describing.image_info(self)
+        return describing.image_info(
+            describing.Known(
+                filename=self.filename(),
+                header=self.header,
+                actual_size=self.allocated_size(),
+                snapshots=self.snapshots,
+                bitmaps=self.bitmaps.entries,
+                luks=self.luks,
+                data_file=self.data_file.node.filename() if self.data_file is not None else None,
+                corrupt=self.corrupt,
+            )
+        )
 
     async def reopen_prepare(self, reopening_: Reopening) -> None:
         await reopening.prepare(self, reopening_)

@@ -67,7 +67,7 @@ async def _open_image(node: Qcow2, opening: Opening) -> None:
     header = await read_header(file)
     check_writable(node, header, read_only=node.read_only)
     compression.require(header.compression_type)
-    snapshots = await _read_snapshots(file, header)
+    snapshots = await read_snapshots(file, header)
     if options.snapshot is not None:
         header = _as_of_snapshot(header, snapshots, options.snapshot)
     await _open_data_file(node, opening, header)
@@ -92,8 +92,8 @@ async def _begin(node: Qcow2, file: HostFile, header: Header) -> None:
     if not node.read_only:
         header = await _take_over(node, file, header)
     _set_discards(node)
-    node.adopt_header(header)
     node.metadata = await read_metadata(node, file, header)
+    node.header_changed()
     node.mapper = make_mapper(node)
     node.bitmaps = StoredBitmaps()
     await node.bitmaps.load(node)
@@ -125,7 +125,8 @@ def check_writable(node: Qcow2, header: Header, *, read_only: bool) -> None:
         )
 
 
-async def _read_snapshots(file: HostFile, header: Header) -> list[Snapshot]:
+async def read_snapshots(file: HostFile, header: Header) -> list[Snapshot]:
+    """The snapshot table of an image. Raises Error or OSError."""
     reader = SnapshotTableReader(header.nb_snapshots, header)
     at = header.snapshots_offset
     while reader.wanted:

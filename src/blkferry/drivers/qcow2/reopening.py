@@ -77,4 +77,4 @@ async def change_backing_file(node: Qcow2, name: str | None, image_format: str |
         await node.metadata.rewrite_header(backing_file=name or None, backing_format=image_format if name else None)
     except OSError as error:
         raise Error.from_oserror(f"Could not change backing file to '{name or ''}'", error, node=node.name) from error
-    node.adopt_header(node.metadata.header)
+    node.header_changed()

@@ -79,7 +79,7 @@ async def _clear_what_was_behind(node: Qcow2, old: int, length: int) -> None:
 async def _set_size(node: Qcow2, length: int) -> None:
     metadata = node.metadata
     await metadata.change_header(size=length)
-    node.adopt_header(metadata.header)
+    node.header_changed()
 
 
 async def grow_l1(node: Qcow2, entries: int) -> None:
@@ -98,7 +98,7 @@ async def grow_l1(node: Qcow2, entries: int) -> None:
     await metadata.commit()
     await metadata.change_header(l1_size=entries, l1_table_offset=offset)
     metadata.l1 = l1
-    node.adopt_header(metadata.header)
+    node.header_changed()
     _moved(node, header.l1_table_offset, 8 * header.l1_size, offset, 8 * entries, "active L1 table")
 
 

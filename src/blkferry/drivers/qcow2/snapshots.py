@@ -131,7 +131,7 @@ async def apply(node: Qcow2, wanted: str) -> Snapshot:
                 metadata.slices.forget()
                 metadata.know(offset, 8 * len(l1), "active L1 table")
                 metadata.know_tables(old, l1)
-                node.adopt_header(metadata.header)
+                node.header_changed()
                 await _drop_all(node, old, old_offset)
     except OSError as error:
         raise Error.from_oserror(f"Failed to apply snapshot '{snapshot.name}'", error, node=node.name) from error
@@ -151,15 +151,15 @@ class _dirty:  # noqa: N801 - reads as a verb
 
     async def __aenter__(self) -> None:
         if self._node.header.version >= 3:
-            await self._node.metadata.set_dirty(True)
+            await self._node.metadata.set_dirty(dirty=True)
 
     async def __aexit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         del rest
         metadata = self._node.metadata
         if kind is None and not metadata.lazy:
             await metadata.commit()
-            await metadata.set_dirty(False)
-        self._node.adopt_header(metadata.header)
+            await metadata.set_dirty(dirty=False)
+        self._node.header_changed()
 
 
 async def _l1_of(node: Qcow2, snapshot: Snapshot) -> array[int]:
@@ -315,4 +315,4 @@ async def _store(node: Qcow2, snapshots: list[Snapshot]) -> None:
     if snapshots:
         metadata.know(offset, len(build(snapshots)), "snapshot table")
     node.snapshots = snapshots
-    node.adopt_header(metadata.header)
+    node.header_changed()

@@ -1,7 +1,7 @@
 """Cached pieces of on-disk tables: slices of L2 tables and refcount blocks, with what of them has to be written.
 
-A cache holds clean tables up to its limit and gives up those that were not used lately. Dirty ones stay until a commit
-has written them; who makes tables dirty asks `crowded` first and has a commit made when it says so.
+A cache holds tables up to its limit and gives up clean ones that were not used lately. Dirty ones stay until a commit
+has written them; who makes tables dirty asks `crowded` first, and has a commit made when it says so.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class TableCache:
     @property
     def crowded(self) -> bool:
         """Whether so much of the cache is dirty that it has to be written before more becomes dirty."""
-        return len(self._dirty) >= self.limit // 2
+        return len(self._dirty) >= self.limit
 
     def add(self, number: int, table: Table) -> None:
         """Keep one more, giving up others if there are too many."""
