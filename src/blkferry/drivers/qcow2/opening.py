@@ -237,7 +237,7 @@ async def _unlock(node: Qcow2, opening: Opening, file: HostFile, header: Header,
     pointer = header.encryption
     assert pointer is not None, "a parsed header has it"
     layout = luks_layout.parse(bytes(await file.get(pointer.offset, luks_layout.SIZE)), pointer.length)
-    material = {slot.offset: bytes(await file.get(pointer.offset + slot.offset, slot.length)) for slot in layout.active}
+    material = {slot.index: bytes(await file.get(pointer.offset + slot.offset, slot.length)) for slot in layout.active}
     node.luks = layout
     node.cipher = await node.services.in_thread(luks.unlock, layout, material, secret)
 

@@ -71,9 +71,8 @@ async def _clear_what_was_behind(node: Qcow2, old: int, length: int) -> None:
     edge = min(align_up(old, node.metadata.geometry.cluster_size), length)
     if edge > old and not await node.remapping.is_zero(old, edge):
         await node.remapping.zero(old, edge - old, unmap=False, fast=False)
-    below = min(max(node.backing_length(), edge), length)
-    if below > edge:
-        await node.remapping.zero(edge, below - edge, unmap=True, fast=False)
+    if node.backing_length() > old and length > edge:  # all of it, as QEMU does
+        await node.remapping.zero(edge, length - edge, unmap=True, fast=False)
 
 
 async def _set_size(node: Qcow2, length: int) -> None:
