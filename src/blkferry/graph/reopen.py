@@ -103,9 +103,10 @@ async def _reopen(graph: Graph, wanted: dict[Node, BlockdevOptions], *, keep_bac
                     _check_length(step)
                 for step in steps:
                     step.node.read_only = step.read_only
-                    _refuse_writers(step)
                 for step in steps:
                     await step.node.services.run(_rewire(step))
+                for step in steps:
+                    _refuse_writers(step)
         except BaseException:
             for step in reversed(tried):
                 await step.node.services.run(step.node.reopen_abort(step))
