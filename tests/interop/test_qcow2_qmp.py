@@ -4,10 +4,10 @@ import json
 import time
 
 import pytest
-from peers import requires, run
 
 from blkferry.errors import Error
 from blkferry.testing.daemon import DaemonThread
+from peers import requires, run
 
 pytestmark = requires("qemu-img", "qemu-io")
 MIB = 1 << 20

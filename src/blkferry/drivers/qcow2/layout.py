@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class Layout(NamedTuple):
     """`length` bytes that are alike; neither data nor zero means that the image says nothing of them.
 
-    `offset` is their place in the file (the data file where there is one). `sparse`: the file may hold less than that.
+    `offset` is their place in the file (the data file where there is one).
     """
 
     length: int
@@ -23,7 +23,6 @@ class Layout(NamedTuple):
     zero: bool
     compressed: bool
     offset: int | None
-    sparse: bool = False
 
 
 async def layout(node: Qcow2, start: int, length: int) -> Layout:
@@ -44,7 +43,7 @@ async def layout(node: Qcow2, start: int, length: int) -> Layout:
         if found[:3] != first[:3] or found.offset != (None if first.offset is None else first.offset + at - start):
             break
         at = min(at + geometry.unit, end)
-    return Layout(at - start, *first[:3], first.offset, _sparse(node))
+    return Layout(at - start, *first[:3], first.offset)
 
 
 class _Unit(NamedTuple):
@@ -84,12 +83,18 @@ def _unit(node: Qcow2, values: MutableSequence[int], at: int) -> _Unit:
     return _Unit(data=has_host and not zero, zero=zero, compressed=False, offset=offset)
 
 
-def _sparse(node: Qcow2) -> bool:
-    """Whether the file holds less than its clusters: QEMU's rule for whether to look."""
+async def is_sparse(node: Qcow2) -> bool:
+    """Whether the file holds less than its clusters (preallocated metadata), by QEMU's rule. Raises OSError."""
     file = node.file.node
     taken = file.allocated_size()
     if taken is None:
         return False
     size = node.header.cluster_size
-    clusters, there = file.length // size, taken // size
-    return clusters >= max(there * 10 // 9, there + 2)
+    there = taken // size
+    threshold = max(there * 10 // 9, there + 2)
+    used = 0
+    for cluster in range(-(-file.length // size)):
+        used += await node.metadata.refcounts.count(cluster) > 0
+        if used >= threshold:
+            return True
+    return False

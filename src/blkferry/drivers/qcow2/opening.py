@@ -61,6 +61,12 @@ async def open_image(node: Qcow2, opening: Opening) -> None:
 
 async def _open_image(node: Qcow2, opening: Opening) -> None:
     options = node.options
+    if options.snapshot is not None and not node.read_only:
+        raise Error(
+            ErrorKind.INVALID_ARGUMENT,
+            "An internal snapshot can only be opened read-only",
+            hint="Add read-only=on, or apply the snapshot: blkferry image snapshot --apply.",
+        )
     child = await opening.child(node, FILE, options.file)
     await permissions.change(node.children[FILE], *node.child_permissions(FILE, NONE, ALL))
     file = HostFile(child)
@@ -110,12 +116,6 @@ def check_writable(node: Qcow2, header: Header, *, read_only: bool) -> None:
     """Refuse to write to what must not be written to. Raises Error."""
     if read_only:
         return
-    if node.options.snapshot is not None:
-        raise Error(
-            ErrorKind.INVALID_ARGUMENT,
-            "An internal snapshot can only be opened read-only",
-            hint="Add read-only=on, or apply the snapshot: blkferry image snapshot --apply.",
-        )
     if header.incompatible & Incompatible.CORRUPT:
         raise Error(
             ErrorKind.CORRUPT,

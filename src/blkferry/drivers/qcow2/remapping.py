@@ -70,7 +70,8 @@ class Remapping:
         """Whether a range reads as zeroes and nothing is stored for it."""
         while start < end:
             for run in await access.load_runs(self.node, start, end - start, Effort.ALLOCATION):
-                if run.content is not Content.ZERO:
+                stored = run.depth == 0 and run.node is not self.node  # a hole in the file, but a cluster of ours
+                if run.content is not Content.ZERO or stored:
                     return False
                 start += run.length
         return True
