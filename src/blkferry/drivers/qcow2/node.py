@@ -11,13 +11,11 @@ import asyncio
 import errno
 import logging
 import os
-from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, ClassVar
 
 from blkferry.drivers.qcow2 import (
-    compression,
     corruption,
     describing,
     making,
@@ -28,10 +26,11 @@ from blkferry.drivers.qcow2 import (
 )
 from blkferry.drivers.qcow2.bitmaps import StoredBitmaps
 from blkferry.drivers.qcow2.compressed_space import CompressedSpace
-from blkferry.drivers.qcow2.entries import ALL_ALLOCATED, COMPRESSED, OFFSET
-from blkferry.drivers.qcow2.header import CryptMethod, Header
+from blkferry.drivers.qcow2.entries import COMPRESSED, OFFSET
+from blkferry.drivers.qcow2.header import Header
 from blkferry.drivers.qcow2.hostfile import HostFile
 from blkferry.drivers.qcow2.metadata import Metadata
+from blkferry.drivers.qcow2.opaque import Opaque
 from blkferry.drivers.qcow2.options import BlockdevCreateOptionsQcow2, BlockdevOptionsQcow2
 from blkferry.drivers.qcow2.refcounts import RefcountError
 from blkferry.drivers.qcow2.remapping import Remapping
@@ -48,7 +47,6 @@ from blkferry.plane.drain import InFlight, RangeLock
 from blkferry.schema.block import BlockdevOptions
 from blkferry.schema.create import BlockdevCreateOptions
 from blkferry.schema.image import ImageInfo, SnapshotInfo
-from blkferry.units import align_down, align_up
 
 if TYPE_CHECKING:
     from blkferry.crypt.aes import SectorCipher
@@ -64,11 +62,6 @@ log = logging.getLogger(__name__)
 FILE, DATA_FILE = "file", "data-file"
 
 _WRITE = Permission.WRITE | Permission.RESIZE
-_IN_THREAD = 64 << 10
-"""Clusters from this size on are inflated and ciphered in a thread: below, the way there costs more than it saves."""
-
-_KEPT_CLUSTERS_BYTES = 4 << 20
-"""Inflated clusters that are kept: a client that reads in small pieces comes back for the next one."""
 
 
 class Qcow2(Node):
@@ -99,7 +92,7 @@ class Qcow2(Node):
         self._changes = InFlight()
         self._frozen = 0
         self._thawed: list[asyncio.Future[None]] = []
-        self._inflated: OrderedDict[int, tuple[int, bytes]] = OrderedDict()
+        self.opaque = Opaque(self)
         self._clean_timer: asyncio.TimerHandle | None = None
         self._opened = False
         self._marking: asyncio.Task[None] | None = None
@@ -199,7 +192,7 @@ class Qcow2(Node):
         self._clean_timer = None
         self._slices.drop_idle()
         self.metadata.refcounts.blocks.drop_idle()
-        self._inflated.clear()
+        self.opaque.forget()
         self._clean_caches_later()
 
     async def close(self) -> None:
@@ -277,101 +270,7 @@ class Qcow2(Node):
     # Reading what has no place ---------------------------------------------------------------------------------
 
     async def read(self, start: int, view: memoryview) -> None:
-        """Compressed and encrypted clusters, and the error for what cannot be."""
-        geometry = self.metadata.geometry
-        at, end = start, start + len(view)
-        while at < end:
-            stop = min(end, align_down(at, geometry.cluster_size) + geometry.cluster_size)
-            await self._read_cluster(at, view[at - start : stop - start])
-            at = stop
-
-    async def _read_cluster(self, at: int, view: memoryview) -> None:
-        geometry, metadata = self.metadata.geometry, self.metadata
-        number = at >> geometry.slice_shift
-        while (table := self._slices.get(number)) is None and metadata.slice_host(number):
-            await metadata.load_slice(number)
-        cluster = at >> geometry.cluster_bits
-        index = (cluster & geometry.slice_mask) * geometry.words
-        entry = table.values[index] if table is not None else 0
-        within = at & (geometry.cluster_size - 1)
-        if entry & COMPRESSED:
-            data = await self._inflate(cluster, entry)
-            view[:] = data[within : within + len(view)]
-            return
-        (extent, *others) = self.mapper.extents(table.values, at, at + len(view)) if table is not None else (None,)
-        if extent is None or extent.content is not Content.OPAQUE or others:
-            await access.read(self, at, view)  # it has changed meanwhile
-            return
-        host = entry & OFFSET
-        if self.cipher is None or not self._is_sound(entry, table.values if table else None, index, host, cluster):
-            error = CorruptError(
-                f"Cluster allocation offset {host:#x} unaligned or impossible (L2 entry of guest offset "
-                f"{cluster << geometry.cluster_bits:#x})",
-                host,
-            )
-            self.found_corruption(error)
-            raise error
-        await self._read_encrypted(at, host + within, view)
-
-    def _is_sound(self, entry: int, values: object, index: int, host: int, cluster: int) -> bool:
-        geometry = self.metadata.geometry
-        if not host and not self.mapper.fixed:
-            return False
-        if geometry.extended:
-            bitmap: int = values[index + 1]  # type: ignore[index]
-            if bitmap & ALL_ALLOCATED & bitmap >> 32:
-                return False
-        try:
-            self.check_guest_place(host, cluster, reading=True)
-        except CorruptError:
-            return False
-        return not entry & COMPRESSED
-
-    async def _inflate(self, cluster: int, entry: int) -> bytes:
-        kept = self._inflated.get(cluster)
-        if kept is not None and kept[0] == entry:
-            self._inflated.move_to_end(cluster)
-            return kept[1]
-        geometry = self.metadata.geometry
-        place = geometry.compressed_place(entry)
-        length = min(place.length, max(self.file.length - place.offset, 0))
-        file = self.file
-        with file.reading():
-            data = await file.get(place.offset, length)
-        kind, size = self.header.compression_type, geometry.cluster_size
-        try:
-            if size >= _IN_THREAD:
-                found = await self.services.in_thread(compression.decompress, kind, data, size)
-            else:
-                found = compression.decompress(kind, data, size)
-        except compression.BadCompression as problem:
-            at = cluster << geometry.cluster_bits
-            message = f"compressed cluster of guest offset {at:#x} at {place.offset:#x} cannot be inflated: {problem}"
-            log.warning("%s: %s", self.filename(), message)
-            raise CorruptError(message, place.offset) from problem
-        self._inflated[cluster] = (entry, found)
-        while len(self._inflated) > max(_KEPT_CLUSTERS_BYTES // size, 2):
-            self._inflated.popitem(last=False)
-        return found
-
-    async def _read_encrypted(self, at: int, host: int, view: memoryview) -> None:
-        first, last = align_down(host, 512), align_up(host + len(view), 512)
-        guest_file = self.data_file or self.file
-        with guest_file.reading():
-            data = await guest_file.get(first, last - first)
-        sector = self._cipher_sector(at - (host - first), first)
-        assert self.cipher is not None
-        plain = await self._ciphered(self.cipher.decrypt, sector, data)
-        view[:] = plain[host - first : host - first + len(view)]
-
-    def _cipher_sector(self, guest: int, host: int) -> int:
-        """What the initialisation vector counts: LUKS the sectors of the file, the old AES those of the disk."""
-        return (guest if self.header.crypt_method is CryptMethod.AES else host) >> 9
-
-    async def _ciphered(self, cipher: object, sector: int, data: bytes | bytearray | memoryview) -> bytes:
-        if len(data) >= _IN_THREAD:
-            return await self.services.in_thread(cipher, sector, data)  # type: ignore[arg-type]
-        return cipher(sector, data)  # type: ignore[operator, no-any-return]
+        await self.opaque.read(start, view)
 
     async def read_guest(self, start: int, view: memoryview) -> None:
         """What the guest sees in a range; behind the end of the disk there are zeroes."""
@@ -450,14 +349,7 @@ class Qcow2(Node):
         """Write guest data of offset `at` at a place, encrypted where it has to be. Raises OSError."""
         guest_file = self.data_file or self.file
         if self.cipher is not None:
-            if host % 512 or len(view) % 512:  # the sectors at the edges have to be whole
-                first, last = align_down(at, 512), align_up(at + len(view), 512)
-                whole = memoryview(bytearray(last - first))
-                await self.read_guest(first, whole)
-                whole[at - first : at - first + len(view)] = view
-                host, at, view = host - (at - first), first, whole
-            data = await self._ciphered(self.cipher.encrypt, self._cipher_sector(at, host), view)
-            view = memoryview(data)
+            host, view = await self.opaque.encrypt(at, host, view)
         await guest_file.put(host, view)
 
     def check_guest_place(self, host: int, cluster: int, *, reading: bool = False) -> None:
@@ -489,9 +381,7 @@ class Qcow2(Node):
     def changed(self, start: int, end: int) -> None:
         """The mapping of a guest range is another one now."""
         self.mapper.file_length = (self.data_file or self.file).length
-        if self._inflated:
-            for cluster in range(start >> self.header.cluster_bits, end >> self.header.cluster_bits):
-                self._inflated.pop(cluster, None)
+        self.opaque.forget(start, end)
         self.retire(start, end)
 
     def mark_dirty_bitmaps(self, start: int, end: int) -> None:
@@ -529,7 +419,7 @@ class Qcow2(Node):
         finally:
             self._frozen -= 1
             self.update_mapper()
-            self._inflated.clear()
+            self.opaque.forget()
             self.retire()
             thawed, self._thawed = self._thawed, []
             for each in thawed:
