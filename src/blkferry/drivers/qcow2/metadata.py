@@ -80,6 +80,8 @@ class Metadata:
         self._loading: dict[int, asyncio.Future[None]] = {}
         self.known: dict[int, str] = {}
         """Host clusters that hold metadata, by index: no guest data may ever be written there."""
+        self.guards_snapshots = False
+        """Whether the L2 tables of snapshots are among them (overlap-check=all)."""
         self._new_locks()
 
     def _new_locks(self) -> None:
@@ -99,6 +101,12 @@ class Metadata:
         first = offset >> self.geometry.cluster_bits
         for cluster in range(first, first + self.geometry.clusters(length)):
             self.known[cluster] = name
+
+    def know_inactive_tables(self, l1: MutableSequence[int]) -> None:
+        """These are L2 tables of a snapshot, where they are not active ones as well."""
+        for entry in l1:
+            if entry & OFFSET:
+                self.known.setdefault((entry & OFFSET) >> self.geometry.cluster_bits, "inactive L2 table")
 
     def know_tables(self, old: MutableSequence[int], new: MutableSequence[int]) -> None:
         """The active L2 tables are those that `new` names now, no longer those of `old`."""
@@ -208,6 +216,8 @@ class Metadata:
             self._link_table(l1_index, offset)
             if old:
                 self.known.pop(old >> geometry.cluster_bits, None)
+                if self.guards_snapshots:  # a snapshot has it still
+                    self.know(old, 1, "inactive L2 table")
                 self.drop(old >> geometry.cluster_bits, 1, discard=False)
 
     def l1_changed(self, l1_index: int) -> None:

@@ -7,7 +7,9 @@ only then what a writer does to an image it opens (repair of a dirty one, featur
 from __future__ import annotations
 
 import logging
+import os
 from array import array
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -242,29 +244,59 @@ async def _unlock(node: Qcow2, opening: Opening, file: HostFile, header: Header,
     node.cipher = await node.services.in_thread(luks.unlock, layout, material, secret)
 
 
+_chain: ContextVar[tuple[tuple[int, int], ...]] = ContextVar("_chain", default=())
+"""The files of the images that are being opened, each as the backing file of the one before."""
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
 async def _open_backing(node: Qcow2, opening: Opening, header: Header) -> None:
     wanted = node.options.backing
     if wanted is Null.NULL or (wanted is None and header.backing_file is None):
         return
+    chain = _chain.get()
     reference: str | BlockdevOptions
     if wanted is None:
         assert header.backing_file is not None
-        reference = await node.services.in_thread(_backing_options, node, header.backing_file, header.backing_format)
+        own = await node.services.in_thread(_identity, node.filename())
+        chain = chain if own is None else (*chain, own)
+        reference = await node.services.in_thread(
+            _backing_options, node, header.backing_file, header.backing_format, chain
+        )
     else:
         assert not isinstance(wanted, Null)
         reference = wanted
+    token = _chain.set(chain)
     try:
         await opening.child(node, BACKING, reference)
     except Error as error:
+        prefix = "Could not open backing file: "
         raise Error(
             error.kind,
-            f"Could not open backing file: {error.message}",
+            prefix + error.message.removeprefix(prefix),
             hint=error.hint or "To open the image without it, say backing=null.",
             **error.facts,
         ) from error
+    finally:
+        _chain.reset(token)
 
 
-def _backing_options(node: Qcow2, name: str, image_format: str | None) -> BlockdevOptions:
+def _backing_options(
+    node: Qcow2, name: str, image_format: str | None, chain: tuple[tuple[int, int], ...]
+) -> BlockdevOptions:
+    if _identity(filename.full_path(name, node.filename())) in chain:
+        raise Error(
+            ErrorKind.CORRUPT,
+            f"The backing files of '{node.filename()}' go round in a circle",
+            hint="To open an image without its backing file, say backing=null.",
+            node=node.name,
+        )
     return filename.options_for(name, image_format, named_by=node.filename())
 
 
@@ -361,7 +393,14 @@ async def read_metadata(node: Qcow2, file: HostFile, header: Header) -> Metadata
     metadata.data_file = node.data_file
     metadata.writable = not node.read_only
     metadata.lazy = metadata.writable and _lazy_refcounts(node, header)
-    _note_metadata(metadata, header, l1, table, _overlap_checks(node))
+    checks = _overlap_checks(node)
+    _note_metadata(metadata, header, l1, table, checks)
+    metadata.guards_snapshots = "inactive_l2" in checks
+    for snapshot in node.snapshots if "inactive_l1" in checks else ():
+        metadata.know(snapshot.l1_table_offset, 8 * snapshot.l1_size, "inactive L1 table")
+        if metadata.guards_snapshots:
+            inactive = from_big_endian(await file.get(snapshot.l1_table_offset, 8 * snapshot.l1_size))
+            metadata.know_inactive_tables(inactive)
     return metadata
 
 

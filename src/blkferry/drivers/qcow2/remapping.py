@@ -96,7 +96,7 @@ class Remapping:
             index = (each & geometry.slice_mask) * geometry.words
             old = values[index]
             host = old & OFFSET
-            gone = bool(old & COMPRESSED) or (unmap and bool(host))
+            gone = bool(old & COMPRESSED) or (unmap and bool(host) and not node.discard_no_unref)
             kept = 0 if gone else old
             if geometry.extended:
                 self._set(number, values, index, kept, ALL_ZERO)

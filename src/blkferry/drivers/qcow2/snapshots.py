@@ -82,6 +82,7 @@ async def create(node: Qcow2, name: str) -> Snapshot:
                     disk_size=node.header.size,
                 )
                 await _store(node, [*node.snapshots, snapshot])
+                metadata.know(offset, 8 * len(l1), "inactive L1 table")
     except OSError as error:
         raise Error.from_oserror(f"Failed to create snapshot '{name}' on device '{node.name}'", error) from error
     return snapshot
@@ -271,6 +272,8 @@ async def _drop_all(node: Qcow2, l1: MutableSequence[int], l1_offset: int) -> No
     bits = metadata.geometry.cluster_bits
     discard = node.pass_discard_snapshot
     async for _, offset, values in _tables(metadata, l1):
+        if metadata.known.get(offset >> bits) == "inactive L2 table":
+            del metadata.known[offset >> bits]
         metadata.drop(offset >> bits, 1, discard=discard)
         for first, count in _clusters_of(metadata, values):
             node.compressed_space.avoid(first, count)
