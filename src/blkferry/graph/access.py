@@ -218,6 +218,8 @@ def write_now(node: Node, start: int, view: memoryview) -> bool:
 
     When it was not, a part may have been written all the same: `write` does it again.
     """
+    if node.writes_now:
+        return node.write_now(start, view)
     done = 0
     while done < len(view):
         runs = resolve(node, start + done, len(view) - done, Effort.PLACE)

@@ -51,7 +51,8 @@ class Node:
 
     `create_options` is what the driver needs to know to make an image, None if it makes none. `reopenable` names the
     options of its own that blockdev-reopen may change. `supports_backing`: it may have a backing child;
-    `supports_snapshots`: it keeps snapshots inside the image.
+    `supports_snapshots`: it keeps snapshots inside the image. `writes_now`: `write_now` takes writes of any range, also
+    of places that lookups name.
     """
 
     driver: ClassVar[str]
@@ -59,6 +60,7 @@ class Node:
     create_options: ClassVar[type[BlockdevCreateOptions] | None] = None
     reopenable: ClassVar[frozenset[str]] = frozenset()
     supports_backing: ClassVar[bool] = False
+    writes_now: ClassVar[bool] = False
     supports_snapshots: ClassVar[bool] = False
     storage: Storage | None = None
 

@@ -71,16 +71,18 @@ class HostFile:
 
     def extend_now(self, end: int) -> bool:
         """Make the file at least `end` bytes long, at once; the new bytes read as zeroes. Raises OSError."""
+        if end > self.node.length:
+            if not self.node.grow(align_up(end, GROWTH)):
+                return False
+            self.grown = True
         self.needed = max(self.needed, end)
-        if end <= self.node.length:
-            return True
-        self.grown = True
-        return self.node.grow(align_up(end, GROWTH))
+        return True
 
     async def extend(self, end: int) -> None:
         """The same, however long it takes. Raises OSError or Error."""
         if not self.extend_now(end):
             await self.node.resize(end)
+            self.needed = max(self.needed, end)
 
     def storages(self) -> list[Storage]:
         """Every descriptor that the bytes may be in."""

@@ -38,12 +38,25 @@ async def layout(node: Qcow2, start: int, length: int) -> Layout:
     first = _unit(node, table.values, start)
     bits = geometry.unit_bits
     at = min(((start >> bits) + 1) << bits, end)
+    if not geometry.extended:
+        at = _equals(node, table.values, at, end, bool(first.offset is not None or first.data))
     while at < end:
         found = _unit(node, table.values, at)
         if found[:3] != first[:3] or found.offset != (None if first.offset is None else first.offset + at - start):
             break
         at = min(at + geometry.unit, end)
     return Layout(at - start, *first[:3], first.offset)
+
+
+def _equals(node: Qcow2, values: MutableSequence[int], at: int, end: int, moves: bool) -> int:
+    """Up to where the entries before `at` go on: the same entry, or the next cluster if it has a place."""
+    geometry = node.metadata.geometry
+    index = ((at - 1) >> geometry.cluster_bits) & geometry.slice_mask
+    entry = values[index]
+    step = geometry.cluster_size if moves else 0
+    while at < end and not entry & COMPRESSED and values[index + 1] == entry + step:
+        index, entry, at = index + 1, entry + step, at + geometry.cluster_size
+    return min(at, end)
 
 
 class _Unit(NamedTuple):

@@ -75,6 +75,8 @@ class Metadata:
         self.services = services
         self.writable = False
         self.lazy = False
+        self.unclean = False
+        """Something went wrong half-way: the dirty bit stays, for whoever opens the image next to repair it."""
         self.l1_dirty: set[int] = set()
         self.reclaiming = Reclaiming(file, refcounts, services, self.commit)
         self._loading: dict[int, asyncio.Future[None]] = {}
@@ -450,4 +452,5 @@ class Metadata:
             await self.reclaiming.pause()
             if not self.dirty:
                 break
-        await self.set_dirty(dirty=False)
+        if not self.unclean:
+            await self.set_dirty(dirty=False)

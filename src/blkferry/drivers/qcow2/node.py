@@ -72,6 +72,7 @@ class Qcow2(Node):
     create_options: ClassVar[type[BlockdevCreateOptions] | None] = BlockdevCreateOptionsQcow2
     reopenable: ClassVar[frozenset[str]] = reopening.REOPENABLE
     supports_backing: ClassVar[bool] = True
+    writes_now: ClassVar[bool] = True
     supports_snapshots: ClassVar[bool] = True
     options: BlockdevOptionsQcow2
     metadata: Metadata
@@ -206,6 +207,7 @@ class Qcow2(Node):
                 await self.settle_on_disk()
             except (OSError, Error) as error:
                 log.error("%s: could not write everything on closing: %s", self.filename(), error)  # noqa: TRY400
+        await self.metadata.reclaiming.end()
         self._opened = False
 
     async def settle_on_disk(self) -> None:
@@ -241,7 +243,7 @@ class Qcow2(Node):
         geometry = metadata.geometry
         l1_index = geometry.l1_index(start)
         l1, entries = metadata.l1, geometry.l1_entries(start + length)
-        while l1_index < entries and not l1[l1_index]:
+        while l1_index < entries and not l1[l1_index] & OFFSET:
             l1_index += 1
         end = min(l1_index << (geometry.cluster_bits + geometry.table_bits), start + length)
         return [Extent(start, end - start, Content.BELOW, start, allocated=False)]
@@ -315,13 +317,6 @@ class Qcow2(Node):
                     storage, offset, size = run.storage, run.offset, run.length
                     await self.services.in_thread(os.posix_fadvise, storage.fd, offset, size, os.POSIX_FADV_WILLNEED)
                 start += run.length
-
-    async def flush_metadata(self) -> None:
-        """Write everything, if this node writes at all. Raises Error."""
-        try:
-            await self.flush()
-        except OSError as error:
-            raise Error.from_oserror(f"Could not flush '{self.name}'", error, node=self.name) from error
 
     async def flush(self) -> None:
         if not self.metadata.writable or self.corrupt:

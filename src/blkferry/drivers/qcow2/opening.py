@@ -442,7 +442,8 @@ def _note_metadata(metadata: Metadata, header: Header, l1: array[int], table: ar
     if "main_header" in checks:
         metadata.know(0, 1, "header")
         if header.encryption is not None:
-            metadata.know(header.encryption.offset, header.encryption.length, "encryption header")
+            length = min(header.encryption.length, metadata.file.length - header.encryption.offset)
+            metadata.know(header.encryption.offset, length, "encryption header")
     if "active_l1" in checks:
         metadata.know(header.l1_table_offset, len(l1) * 8, "active L1 table")
     if "refcount_table" in checks:

@@ -59,11 +59,14 @@ class Reclaiming:
         self._counting: set[asyncio.Task[None]] = set()
         self._resting: dict[asyncio.Task[None], list[Dropped]] = {}
         self._interrupted: list[list[Dropped]] = []
+        self._ended = False
 
     def drop(self, first: int, count: int, *, discard: bool) -> None:
         """Nothing in memory refers to these clusters any more."""
         self._dropped.append(Dropped(first, count, discard))
         self._dropped_clusters += count
+        if self._ended:
+            return
         if self._timer is None:
             self._timer = self.services.loop.call_later(RECLAIM_SECONDS, self._commit_soon)
         elif self._dropped_clusters >= RECLAIM_CLUSTERS > self._dropped_clusters - count:
@@ -123,7 +126,7 @@ class Reclaiming:
             self._rest(free)
 
     def _rest(self, free: list[Dropped]) -> None:
-        if free:
+        if free and not self._ended:
             task = self.services.loop.create_task(self._in_background(self._free(free)))
             self._resting[task] = free
             task.add_done_callback(lambda done: self._resting.pop(done, None))
@@ -167,6 +170,18 @@ class Reclaiming:
             services.loop.call_soon_threadsafe(self._rest, free)
         if self._dropped:
             services.loop.call_soon_threadsafe(self._commit_soon)
+
+    async def end(self) -> None:
+        """Do nothing more, whatever is left: what is not free on disk by now is a leak."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._ended = True
+        tasks = [*self._counting, *self._resting]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
 
     async def rested(self) -> None:
         """Wait for what rests, but not for ever: what is left is free on disk anyway."""

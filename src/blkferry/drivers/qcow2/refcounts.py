@@ -118,6 +118,19 @@ class Refcounts:
             self.hint = base + last
             return base + first, last - first
 
+    def take_one(self) -> int:
+        """Take one free cluster if the next one is free and its block at hand; 0 otherwise, which is never free."""
+        number, index = divmod(self.hint, self.per_block)
+        block = self.blocks.get(number)
+        if block is None or block.values[index] or self.hint in self.resting:
+            return 0
+        taken = self.hint
+        block.used = True
+        block.values[index] = 1
+        self.blocks.touch(number, index, index + 1)
+        self.hint = taken + 1
+        return taken
+
     def give_back(self, first: int, count: int) -> None:
         """Undo `take`: nothing refers to these clusters yet, in memory or on disk."""
         for cluster in range(first, first + count):

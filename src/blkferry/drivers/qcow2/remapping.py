@@ -162,7 +162,7 @@ class Remapping:
         node, geometry, metadata = self.node, self.geometry, self.metadata
         bits = geometry.cluster_bits
         l1_index = geometry.l1_index(at)
-        if not metadata.l1[l1_index] and not node.has_backing:  # nothing is there
+        if not metadata.l1[l1_index] & OFFSET and not node.has_backing:  # nothing is there
             return min(end, (l1_index + 1) << (bits + geometry.table_bits))
         number, values = await node.writing.load_table(at)
         cluster = at >> bits
@@ -192,7 +192,7 @@ class Remapping:
         at = start
         while at < end:
             l1_index = geometry.l1_index(at)
-            if not metadata.l1[l1_index]:
+            if not metadata.l1[l1_index] & OFFSET:
                 at = (l1_index + 1) << (bits + geometry.table_bits)
                 continue
             number, values = await node.writing.load_table(at)

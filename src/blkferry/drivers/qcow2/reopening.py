@@ -32,12 +32,10 @@ REOPENABLE = frozenset(
 
 
 async def prepare(node: Qcow2, reopening: Reopening) -> None:
-    """A writer that becomes a reader writes everything first, and closes the image as it were. Raises Error."""
-    if reopening.read_only == node.read_only:
-        await node.flush_metadata()
-        return
+    """A writer writes everything first, and leaves the image as if it were closed. Raises Error."""
     if not reopening.read_only:
         opening.check_writable(node, node.header, read_only=False)
+    if not node.metadata.writable or node.corrupt:
         return
     try:
         await node.settle_on_disk()
@@ -49,6 +47,7 @@ async def prepare(node: Qcow2, reopening: Reopening) -> None:
 async def commit(node: Qcow2, reopening: Reopening) -> None:
     """Begin anew from what is on disk, with the options that hold now."""
     del reopening
+    await node.metadata.reclaiming.end()
     try:
         await opening.reload(node)
     except (OSError, Error) as error:  # it must not fail: whatever was wrong, nobody writes to the image any more

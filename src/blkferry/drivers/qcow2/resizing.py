@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from blkferry.drivers.qcow2.words import big_endian
 from blkferry.errors import Error, ErrorKind
+from blkferry.graph import access
 from blkferry.units import align_up
 
 if TYPE_CHECKING:
@@ -70,9 +71,9 @@ async def _clear_what_was_behind(node: Qcow2, old: int, length: int) -> None:
     """New space reads as zeroes, whatever is in the rest of the last cluster or in a longer backing file."""
     edge = min(align_up(old, node.metadata.geometry.cluster_size), length)
     if edge > old and not await node.remapping.is_zero(old, edge):
-        await node.remapping.zero(old, edge - old, unmap=False, fast=False)
+        await access.write_zeroes(node, old, edge - old, unmap=False)
     if node.backing_length() > old and length > edge:  # all of it, as QEMU does
-        await node.remapping.zero(edge, length - edge, unmap=True, fast=False)
+        await access.write_zeroes(node, edge, length - edge, unmap=True)
 
 
 async def _set_size(node: Qcow2, length: int) -> None:

@@ -157,7 +157,9 @@ class _dirty:  # noqa: N801 - reads as a verb
     async def __aexit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         del rest
         metadata = self._node.metadata
-        if kind is None and not metadata.lazy:
+        if kind is not None:
+            metadata.unclean = True
+        elif not metadata.lazy and not metadata.unclean:
             await metadata.commit()
             await metadata.set_dirty(dirty=False)
         self._node.header_changed()

@@ -69,15 +69,18 @@ class Writing:
         number = at >> geometry.slice_shift
         l1_index = geometry.l1_index(at)
         if not metadata.owns_table(l1_index) and (
-            metadata.l1[l1_index] or not metadata.new_table_now(l1_index, number)
+            metadata.l1[l1_index] & OFFSET or not metadata.new_table_now(l1_index, number)
         ):
             return 0
         table = metadata.slices.get(number)
         if table is None:
             return 0
         values = table.values
-        segment = self._segment(values, at, end)
         bits = geometry.cluster_bits
+        index = (at >> bits) & geometry.slice_mask
+        if not values[index] and not node.mapper.fixed and (done := self._new_cluster(number, values, index, at, view)):
+            return done
+        segment = self._segment(values, at, end)
         low, high = segment.cluster << bits, min((segment.cluster + segment.clusters) << bits, end)
         if segment.keeps:
             assert segment.host is not None
@@ -118,6 +121,36 @@ class Writing:
             return 0
         self._link(number, values, segment, host)
         return high - at
+
+    def _new_cluster(self, number: int, values: MutableSequence[int], index: int, at: int, view: memoryview) -> int:
+        """Write what lies in one cluster that has nothing yet, in the commonest case; how many bytes that was, or 0.
+
+        It does what the general way does, for one cluster that goes where the file has never been used.
+        """
+        node, metadata, geometry = self.node, self.metadata, self.geometry
+        size = geometry.cluster_size
+        head = at & (size - 1)
+        length = min(len(view), size - head)
+        if length != size and node.backing_length() > at - head:
+            return 0
+        refcounts, file = metadata.refcounts, metadata.file
+        first = refcounts.take_one()
+        host = first << geometry.cluster_bits
+        place = file.place()
+        if first in metadata.known or host < file.needed or place is None or not file.extend_now(host + size):
+            if first:
+                refcounts.give_back(first, 1)
+            return 0
+        storage, shift = place
+        try:
+            storage.write_now(view[:length], host + head + shift)
+        except OSError:
+            refcounts.give_back(first, 1)
+            raise
+        values[index] = host | COPIED
+        metadata.slices.touch(number, index, index + 1)
+        node.changed(at - head, at - head + size)
+        return length
 
     def _segment(self, values: MutableSequence[int], at: int, end: int) -> Segment:
         """The first segment of a range; of standard entries only."""

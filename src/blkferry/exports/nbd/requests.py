@@ -16,7 +16,7 @@ from blkferry.exports.nbd.limits import (
     MAX_ENGINE_PIECES,
     MAX_READ_PIECES,
     SENDFILE_FROM,
-    STALL_PENALTY_SECONDS,
+    STALL_PENALTY,
     STALL_SECONDS,
     ZEROES,
 )
@@ -161,7 +161,7 @@ def _write_now(client: NbdClient, request: wire.Request, buffer: Buffer) -> bool
     client.outbox.send(memoryview(reply))
     after = time.monotonic()
     if after - now > STALL_SECONDS:
-        throttled.inline_writes_from = after + STALL_PENALTY_SECONDS
+        throttled.inline_writes_from = after + STALL_PENALTY * (after - now)
     return True
 
 

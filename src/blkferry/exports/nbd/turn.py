@@ -20,9 +20,10 @@ from blkferry.exports.nbd.limits import (
     MAX_MAPPED,
     PUT_COST,
     SENDFILE_FROM,
-    STALL_PENALTY_SECONDS,
+    STALL_PENALTY,
     STALL_SECONDS,
     TURN_BYTES,
+    WRITE_SECONDS,
     ZEROES,
 )
 from blkferry.graph import access
@@ -243,8 +244,9 @@ def serve(client: NbdClient, data: memoryview, end: int) -> int:
     replies.send(begun, filled)
     if written:
         now = time.monotonic()
-        if now - started > STALL_SECONDS:
-            throttled.inline_writes_from = now + STALL_PENALTY_SECONDS
+        stalled = now - started
+        if stalled > STALL_SECONDS + (pos - written) // header * WRITE_SECONDS:
+            throttled.inline_writes_from = now + STALL_PENALTY * stalled
     client.turn_over(data[pos:end], more=end - pos >= header)
     requests_served = (pos - written) // header
     return requests_served if straight and (not written or requests_served == 1) else 0
