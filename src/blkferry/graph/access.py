@@ -127,7 +127,11 @@ async def read(node: Node, start: int, view: memoryview) -> None:
     done = 0
     while done < len(view):
         runs = await load_runs(node, start + done, len(view) - done)
-        with _counted(run.storage.readers for run in runs if run.storage is not None):
+        with _counted(
+            run.node.readers if run.storage is None else run.storage.readers
+            for run in runs
+            if run.storage is not None or run.content is Content.OPAQUE
+        ):
             for run in runs:
                 part = view[done : done + run.length]
                 if run.storage is not None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from blkferry.errors import Error, ErrorKind
 from blkferry.extent import Content, Effort, Extent
 from blkferry.graph.permissions import Edge, Permission
+from blkferry.plane.drain import Uses
 from blkferry.schema.block import (
     BlockdevCacheOptions,
     BlockdevDetectZeroesOptions,
@@ -47,7 +48,8 @@ class Node:
 
     `length` is in bytes; `alignment` is what requests should be multiples of, in bytes (a power of two; other
     requests cost a read first), `remap_alignment` the same for zeroes and discards. `storage` is set on
-    nodes that own a descriptor. `emit` tells the daemon of an event, from any thread.
+    nodes that own a descriptor. `readers` counts who reads what has no storage (OPAQUE content). `emit` tells the
+    daemon of an event, from any thread.
 
     `create_options` is what the driver needs to know to make an image, None if it makes none. `reopenable` names the
     options of its own that blockdev-reopen may change. `supports_backing`: it may have a backing child;
@@ -75,6 +77,7 @@ class Node:
         self.children: dict[str, Edge] = {}
         self.parents: list[Edge] = []
         self.emit: EventSink = ignore_event
+        self.readers = Uses()
         self.length = 0
         self.alignment = 1
         self.remap_alignment = 1

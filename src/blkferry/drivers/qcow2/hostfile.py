@@ -91,18 +91,19 @@ class HostFile:
     @contextmanager
     def reading(self) -> Iterator[None]:
         """Count as somebody who still reads from a place that was looked up before."""
-        held = [(storage.readers, storage.readers.begin()) for storage in self.storages()]
+        epoch = self.node.readers.begin()
         try:
             yield
         finally:
-            for uses, epoch in held:
-                uses.end(epoch)
+            self.node.readers.end(epoch)
 
     async def settle(self) -> None:
         """Wait until nobody moves bytes any more who looked up their place before now."""
-        for storage in self.storages():
-            await storage.readers.settle()
-            await storage.writers.settle()
+        for node in depends_on(self.node):
+            await node.readers.settle()
+            if node.storage is not None:
+                await node.storage.readers.settle()
+                await node.storage.writers.settle()
 
     async def settle_writers(self) -> None:
         """The same, only for those who write."""

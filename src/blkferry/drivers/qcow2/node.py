@@ -91,7 +91,8 @@ class Qcow2(Node):
         self.ranges = RangeLock()
         self.compressed_space = CompressedSpace(self)
         self._changes = InFlight()
-        self._frozen = 0
+        self._frozen = False
+        self._freezing = asyncio.Lock()
         self._thawed: list[asyncio.Future[None]] = []
         self.opaque = Opaque(self)
         self._clean_timer: asyncio.TimerHandle | None = None
@@ -179,6 +180,7 @@ class Qcow2(Node):
         super().move(services)
         if self._opened:
             self.metadata.move(services)
+            self._freezing = asyncio.Lock()
             services.loop.call_soon_threadsafe(self._clean_caches_later)
 
     def _clean_caches_later(self) -> None:
@@ -402,24 +404,25 @@ class Qcow2(Node):
     @asynccontextmanager
     async def frozen(self) -> AsyncIterator[None]:
         """Let nobody write, in place or otherwise, while what is there is shared out, cut off or looked at whole."""
-        self._frozen += 1
-        try:
-            self.update_mapper()
-            self.retire()  # no short cuts any more: writes come to `changing` and wait there
-            await self._changes.idle()
-            for file in (self.file, self.data_file):
-                if file is not None:
-                    await file.settle_writers()
-            yield
-        finally:
-            self._frozen -= 1
-            self.update_mapper()
-            self.opaque.forget()
-            self.retire()
-            thawed, self._thawed = self._thawed, []
-            for each in thawed:
-                if not each.done():
-                    each.set_result(None)
+        async with self._freezing:
+            self._frozen = True
+            try:
+                self.update_mapper()
+                self.retire()  # no short cuts any more: writes come to `changing` and wait there
+                await self._changes.idle()
+                for file in (self.file, self.data_file):
+                    if file is not None:
+                        await file.settle_writers()
+                yield
+            finally:
+                self._frozen = False
+                self.update_mapper()
+                self.opaque.forget()
+                self.retire()
+                thawed, self._thawed = self._thawed, []
+                for each in thawed:
+                    if not each.done():
+                        each.set_result(None)
 
     # When something is wrong -----------------------------------------------------------------------------------
 
