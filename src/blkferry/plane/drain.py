@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from typing import TypeVar
+
+Result = TypeVar("Result")
 
 
 class InFlight:
@@ -116,3 +119,16 @@ class RangeLock:
         finally:
             self._held.remove(entry)
             entry[2].set_result(None)
+
+
+async def uninterrupted(future: asyncio.Future[Result]) -> Result:
+    """Await what must not be left half done: a cancelled caller still waits for its end, and is cancelled then."""
+    cancelled: asyncio.CancelledError | None = None
+    while not future.done():
+        try:
+            await asyncio.shield(future)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
+    return future.result()

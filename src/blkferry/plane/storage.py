@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Callable
 
 from blkferry.plane import syscalls
 from blkferry.plane.buffers import Buffer
-from blkferry.plane.drain import InFlight, RangeLock, Uses
+from blkferry.plane.drain import InFlight, RangeLock, Uses, uninterrupted
 from blkferry.plane.engine import Done, Engine
 from blkferry.plane.services import Services
 from blkferry.plane.window import Window
@@ -318,7 +318,7 @@ class Storage:
 
         start(done)
         # A cancelled caller must not release a buffer that the kernel still writes to, so the operation is waited out.
-        result = await _uninterrupted(future)
+        result = await uninterrupted(future)
         if result < 0:
             raise OSError(-result, os.strerror(-result))
         return result
@@ -334,18 +334,6 @@ class Storage:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-
-
-async def _uninterrupted(future: asyncio.Future[int]) -> int:
-    cancelled: asyncio.CancelledError | None = None
-    while not future.done():
-        try:
-            await asyncio.shield(future)
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if cancelled is not None:
-        raise cancelled
-    return future.result()
 
 
 def _nowait(fd: int) -> int | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from array import array
 from typing import TYPE_CHECKING
 
 from blkferry.drivers.qcow2.words import big_endian
 from blkferry.errors import Error, ErrorKind
 from blkferry.graph import access
+from blkferry.plane.drain import uninterrupted
 from blkferry.units import align_up
 
 if TYPE_CHECKING:
@@ -18,6 +20,10 @@ MAX_L1_BYTES = 32 << 20
 
 async def resize(node: Qcow2, length: int) -> None:
     """Make the disk `length` bytes long. Raises Error."""
+    await uninterrupted(asyncio.ensure_future(_resize(node, length)))
+
+
+async def _resize(node: Qcow2, length: int) -> None:
     if length % 512:
         raise Error(ErrorKind.INVALID_ARGUMENT, "The new size must be a multiple of 512", size=length)
     if not node.metadata.writable or node.corrupt:

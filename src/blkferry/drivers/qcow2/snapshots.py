@@ -7,6 +7,7 @@ repair and never a wrong count. What is counted down waits for those who still r
 
 from __future__ import annotations
 
+import asyncio
 import time
 from array import array
 from collections.abc import AsyncIterator, Iterator, MutableSequence
@@ -21,6 +22,7 @@ from blkferry.drivers.qcow2.resizing import grow_l1, pad
 from blkferry.drivers.qcow2.snapshot_table import NO_ICOUNT, Snapshot, build
 from blkferry.drivers.qcow2.words import CorruptError, big_endian, from_big_endian
 from blkferry.errors import Error, ErrorKind
+from blkferry.plane.drain import uninterrupted
 from blkferry.schema.image import SnapshotInfo
 
 if TYPE_CHECKING:
@@ -57,6 +59,10 @@ def _check(node: Qcow2) -> None:
 
 async def create(node: Qcow2, name: str) -> Snapshot:
     """Take a snapshot of what the disk holds now. Raises Error."""
+    return await uninterrupted(asyncio.ensure_future(_create(node, name)))
+
+
+async def _create(node: Qcow2, name: str) -> Snapshot:
     _check(node)
     if len(node.snapshots) >= MAX_SNAPSHOTS:
         raise Error(ErrorKind.NO_SPACE, f"An image has at most {MAX_SNAPSHOTS} snapshots", node=node.name)
@@ -90,6 +96,10 @@ async def create(node: Qcow2, name: str) -> Snapshot:
 
 async def delete(node: Qcow2, snapshot_id: str | None, name: str | None) -> Snapshot:
     """Delete a snapshot. Raises Error."""
+    return await uninterrupted(asyncio.ensure_future(_delete(node, snapshot_id, name)))
+
+
+async def _delete(node: Qcow2, snapshot_id: str | None, name: str | None) -> Snapshot:
     _check(node)
     for snapshot in node.snapshots:
         if snapshot_id in (None, snapshot.id) and name in (None, snapshot.name):
@@ -110,6 +120,10 @@ async def delete(node: Qcow2, snapshot_id: str | None, name: str | None) -> Snap
 
 async def apply(node: Qcow2, wanted: str) -> Snapshot:
     """Make the disk what it was when the snapshot was taken, size included. Raises Error."""
+    return await uninterrupted(asyncio.ensure_future(_apply(node, wanted)))
+
+
+async def _apply(node: Qcow2, wanted: str) -> Snapshot:
     _check(node)
     snapshot = find_snapshot(node.snapshots, wanted)
     metadata = node.metadata
