@@ -22,6 +22,7 @@ from blkferry.drivers.qcow2 import (
     opening,
     reopening,
     resizing,
+    settings,
     snapshots,
 )
 from blkferry.drivers.qcow2.bitmaps import StoredBitmaps
@@ -187,7 +188,7 @@ class Qcow2(Node):
         """Give up cached tables that nobody used for `cache-clean-interval` seconds."""
         interval = self.options.cache_clean_interval
         if interval is None:
-            interval = opening.CLEAN_INTERVAL_SECONDS
+            interval = settings.CLEAN_INTERVAL_SECONDS
         if interval and self._clean_timer is None:
             self._clean_timer = self.services.loop.call_later(interval, self._clean_caches)
 

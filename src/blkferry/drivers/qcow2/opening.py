@@ -13,15 +13,14 @@ from contextvars import ContextVar
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from blkferry.drivers.qcow2 import compression
+from blkferry.drivers.qcow2 import compression, settings
 from blkferry.drivers.qcow2.bitmaps import StoredBitmaps
 from blkferry.drivers.qcow2.checking import Repair, check
 from blkferry.drivers.qcow2.entries import OFFSET, Geometry
-from blkferry.drivers.qcow2.header import Autoclear, Compatible, CryptMethod, Header, Incompatible
+from blkferry.drivers.qcow2.header import Autoclear, CryptMethod, Header, Incompatible
 from blkferry.drivers.qcow2.hostfile import HostFile
 from blkferry.drivers.qcow2.mapping import Mapper
 from blkferry.drivers.qcow2.metadata import Metadata
-from blkferry.drivers.qcow2.options import Qcow2OverlapCheckFlags, Qcow2OverlapCheckMode
 from blkferry.drivers.qcow2.refcount_codec import codec
 from blkferry.drivers.qcow2.refcounts import MAX_TABLE_BYTES, TABLE_OFFSET, Refcounts
 from blkferry.drivers.qcow2.snapshot_table import Snapshot, SnapshotTableReader
@@ -31,7 +30,7 @@ from blkferry.errors import Error, ErrorKind
 from blkferry.graph import filename, permissions
 from blkferry.graph.access import BACKING
 from blkferry.graph.permissions import ALL, NONE
-from blkferry.schema.block import BlockdevDiscardOptions, BlockdevOptions
+from blkferry.schema.block import BlockdevOptions
 from blkferry.schema.qapi import Null
 
 if TYPE_CHECKING:
@@ -40,14 +39,6 @@ if TYPE_CHECKING:
     from blkferry.graph.node import Node
 
 log = logging.getLogger(__name__)
-
-CLEAN_INTERVAL_SECONDS = 600
-MAX_L2_CACHE = 32 << 20
-DEFAULT_SLICE = 64 << 10
-"""QEMU's defaults: the L2 cache covers the whole disk, up to that."""
-
-MIN_REFCOUNT_CACHE = 256 << 10
-"""QEMU's is four clusters. With small clusters that is so little that every second write would have to wait."""
 
 FILE, DATA_FILE = "file", "data-file"
 _KNOWN_AUTOCLEAR = Autoclear.BITMAPS | Autoclear.DATA_FILE_RAW
@@ -99,7 +90,7 @@ async def _begin(node: Qcow2, file: HostFile, header: Header) -> None:
     """Make what a node works with from a header that has been found good."""
     if not node.read_only:
         header = await _take_over(node, file, header)
-    _set_discards(node)
+    settings.set_discards(node)
     node.metadata = await read_metadata(node, file, header)
     node.header_changed()
     node.mapper = make_mapper(node)
@@ -324,63 +315,12 @@ async def _take_over(node: Qcow2, file: HostFile, header: Header) -> Header:
 _AUTOCLEAR_AT = 88
 
 
-def _set_discards(node: Qcow2) -> None:
-    options = node.options
-    node.unmaps = node.unmaps or options.discard is BlockdevDiscardOptions.UNMAP
-    node.discard_no_unref = bool(options.discard_no_unref)
-    request, snapshot = options.pass_discard_request, options.pass_discard_snapshot
-    node.pass_discard_request = node.unmaps if request is None else request
-    node.pass_discard_snapshot = True if snapshot is None else snapshot
-    node.pass_discard_other = bool(options.pass_discard_other)
-
-
 # Tables ---------------------------------------------------------------------------------------------------------
-
-
-def cache_sizes(node: Qcow2, header: Header) -> tuple[int, int, int]:
-    """Bytes for L2 slices, for refcount blocks, and of one slice, by QEMU's rules. Raises Error."""
-    options = node.options
-    size = header.cluster_size
-    entry = options.l2_cache_entry_size or min(DEFAULT_SLICE, size)
-    if entry < 512 or entry > size or entry & (entry - 1):
-        raise Error(
-            ErrorKind.INVALID_ARGUMENT,
-            f"L2 cache entry size must be a power of two between 512 and the cluster size ({size})",
-            value=entry,
-        )
-    whole = -(-header.size // size) * header.l2_entry_size
-    most = max(-(-whole // entry) * entry, entry)
-    smallest_refcount = max(4 * size, MIN_REFCOUNT_CACHE)
-    combined, l2, refcount = options.cache_size, options.l2_cache_size, options.refcount_cache_size
-    for name, value in (("cache-size", combined), ("l2-cache-size", l2), ("refcount-cache-size", refcount)):
-        if value is not None and value < 0:
-            raise Error(ErrorKind.INVALID_ARGUMENT, f"Parameter '{name}' expects a size of 0 bytes or more")
-    if combined is None:
-        l2 = min(MAX_L2_CACHE, most) if l2 is None else min(l2, most)
-        return l2, smallest_refcount if refcount is None else refcount, entry
-    if l2 is not None and refcount is not None and l2 + refcount != combined:
-        raise Error(
-            ErrorKind.INVALID_ARGUMENT,
-            "cache-size, l2-cache-size and refcount-cache-size may not be set at the same time",
-            hint="Leave one of them out.",
-        )
-    if l2 is not None and l2 > combined:
-        raise Error(ErrorKind.INVALID_ARGUMENT, "l2-cache-size may not exceed cache-size")
-    if refcount is not None and refcount > combined:
-        raise Error(ErrorKind.INVALID_ARGUMENT, "refcount-cache-size may not exceed cache-size")
-    if l2 is None and refcount is None:
-        if combined >= most + smallest_refcount:
-            l2 = most
-        else:
-            return max(combined - smallest_refcount, 0), min(combined, smallest_refcount), entry
-    if l2 is None:
-        l2 = combined - (refcount or 0)
-    return min(l2, most), combined - l2 if refcount is None else refcount, entry
 
 
 async def read_metadata(node: Qcow2, file: HostFile, header: Header) -> Metadata:
     """The tables of an image, in memory as far as they are always there. Raises Error or OSError."""
-    l2_bytes, refcount_bytes, slice_bytes = cache_sizes(node, header)
+    l2_bytes, refcount_bytes, slice_bytes = settings.cache_sizes(node, header)
     geometry = Geometry(header, slice_bytes)
     table_bytes = header.refcount_table_clusters << header.cluster_bits
     assert table_bytes <= max(MAX_TABLE_BYTES, header.cluster_size), "a parsed header says so"
@@ -392,8 +332,8 @@ async def read_metadata(node: Qcow2, file: HostFile, header: Header) -> Metadata
     metadata = Metadata(file, header, geometry, l1, refcounts, slices, node.services)
     metadata.data_file = node.data_file
     metadata.writable = not node.read_only
-    metadata.lazy = metadata.writable and _lazy_refcounts(node, header)
-    checks = _overlap_checks(node)
+    metadata.lazy = metadata.writable and settings.lazy_refcounts(node, header)
+    checks = settings.overlap_checks(node)
     _note_metadata(metadata, header, l1, table, checks)
     metadata.guards_snapshots = "inactive_l2" in checks
     for snapshot in node.snapshots if "inactive_l1" in checks else ():
@@ -402,39 +342,6 @@ async def read_metadata(node: Qcow2, file: HostFile, header: Header) -> Metadata
             inactive = from_big_endian(await file.get(snapshot.l1_table_offset, 8 * snapshot.l1_size))
             metadata.know_inactive_tables(inactive)
     return metadata
-
-
-def _lazy_refcounts(node: Qcow2, header: Header) -> bool:
-    wanted = node.options.lazy_refcounts
-    if wanted and header.version < 3:
-        raise Error(
-            ErrorKind.INVALID_ARGUMENT,
-            "Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level",
-        )
-    return bool(header.compatible & Compatible.LAZY_REFCOUNTS) if wanted is None else wanted
-
-
-_CONSTANT = frozenset({"main_header", "active_l1", "refcount_table", "snapshot_table", "bitmap_directory"})
-_CACHED = _CONSTANT | {"active_l2", "refcount_block", "inactive_l1"}
-_ALL = _CACHED | {"inactive_l2"}
-_CHECKS = {
-    Qcow2OverlapCheckMode.NONE: frozenset[str](),
-    Qcow2OverlapCheckMode.CONSTANT: _CONSTANT,
-    Qcow2OverlapCheckMode.CACHED: _CACHED,
-    Qcow2OverlapCheckMode.ALL: _ALL,
-}
-
-
-def _overlap_checks(node: Qcow2) -> set[str]:
-    wanted = node.options.overlap_check
-    if not isinstance(wanted, Qcow2OverlapCheckFlags):
-        return set(_CHECKS[wanted or Qcow2OverlapCheckMode.CACHED])
-    chosen = set(_CHECKS[wanted.template or Qcow2OverlapCheckMode.CACHED])
-    for name in _ALL:
-        flag = getattr(wanted, name)
-        if flag is not None:
-            (chosen.add if flag else chosen.discard)(name)
-    return chosen
 
 
 def _note_metadata(metadata: Metadata, header: Header, l1: array[int], table: array[int], checks: set[str]) -> None:
