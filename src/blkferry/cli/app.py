@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 
 import click
 
 from blkferry.cli.console import complain, log_to_stderr
+from blkferry.cli.groups import Commands
+from blkferry.cli.image import image
 from blkferry.errors import Error
 
 PROGRAM = "blkferry"
 MAX_PORT = 65535
-
-
-class Commands(click.Group):
-    """A group that knows what was meant."""
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and self.get_command(ctx, args[0]) is None:
-            names = self.list_commands(ctx)
-            close = difflib.get_close_matches(args[0][:32], names, 1)
-            wanted = f"Did you mean '{close[0]}'?" if close else f"There is: {', '.join(names)}."
-            ctx.fail(f"No such command '{args[0]}'. {wanted}")
-        return super().resolve_command(ctx, args)
 
 
 def _print_version(ctx: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
@@ -57,7 +44,11 @@ def app() -> None:
     blkferry serve disk.img              read-only, to NBD clients on this machine
     blkferry serve -w disk.img           the same, and they may write
     blkferry serve memory:1G             an empty disk that is gone when you are done
+    blkferry image info disk.qcow2       and whatever else there is to do with images
     """  # noqa: D301 - click's mark for lines to be left as they are
+
+
+app.add_command(image)
 
 
 @app.command(
@@ -89,8 +80,7 @@ def app() -> None:
     "--format",
     "image_format",
     metavar="FORMAT",
-    help="What the images are: raw. Other containers "
-    "are refused unless you say raw, which serves the container's own bytes.",
+    help="What the images are: raw or qcow2.  [default: what they look like]",
 )
 @click.option("--direct", is_flag=True, help="Bypass the page cache (O_DIRECT).")
 @click.option(
@@ -103,6 +93,13 @@ def app() -> None:
     default=0,
     metavar="N",
     help="Clients at the same time.  [default: any number]",
+)
+@click.option(
+    "--object",
+    "objects",
+    multiple=True,
+    metavar="OBJECT",
+    help="Make an object, above all the password of an encrypted image: secret,id=key,file=PATH.",
 )
 @click.option("--qmp", metavar="PATH", help="Take QMP commands on this unix socket meanwhile.")
 @click.option("--json", "as_json", is_flag=True, help="Say where the exports are in one line of JSON.")
@@ -121,6 +118,7 @@ def serve(
     discard: bool,
     description: str | None,
     max_connections: int,
+    objects: tuple[str, ...],
     qmp: str | None,
     as_json: bool,
     quiet: bool,
@@ -128,12 +126,13 @@ def serve(
 ) -> None:
     """Offer images over NBD, and say how clients reach them.
 
-    IMAGE is a raw image file, a block device, or memory:SIZE for an empty disk that is gone at the end (and always
-    writable).
+    IMAGE is a raw or qcow2 image, with its backing files, a block device, or memory:SIZE for an empty disk that is gone
+    at the end (and always writable).
 
     \b
     blkferry serve disk.img
     blkferry serve -w --socket /tmp/nbd.sock disk.img
+    blkferry serve -w vm.qcow2
     blkferry serve --port 0 --json a.img b.img
     blkferry serve -w --direct /dev/sdb
     blkferry serve --name scratch memory:10G
@@ -159,6 +158,7 @@ def serve(
         port=port,
         max_connections=max_connections,
         qmp=qmp,
+        objects=objects,
     )
     try:
         serve_images(request, speech)

@@ -17,12 +17,15 @@ from blkferry.cli.ready import Offer, announce, write_json, write_uris
 from blkferry.daemon import images
 from blkferry.daemon.commands.char import chardev_add
 from blkferry.daemon.daemon import Daemon
+from blkferry.daemon.imaging.names import ImageName, about
 from blkferry.daemon.listener import Listener
 from blkferry.daemon.run import run
 from blkferry.errors import Error, ErrorKind
 from blkferry.schema.char import ChardevAdd, ChardevSocket
 from blkferry.schema.control import MonitorOptions
 from blkferry.schema.export import BlockExportOptionsNbd
+from blkferry.schema.keyval import Help, parse_option
+from blkferry.schema.qom import ObjectOptions
 from blkferry.schema.sockets import SocketAddress, SocketAddressInet, SocketAddressUnix
 from blkferry.wire.nbd.uri import DEFAULT_PORT
 
@@ -55,6 +58,7 @@ class Request:
     port: int | None
     max_connections: int
     qmp: str | None
+    objects: tuple[str, ...] = ()
 
     def address(self) -> SocketAddress:
         if self.socket is not None:
@@ -107,6 +111,11 @@ def default_names(given: tuple[str, ...]) -> tuple[str, ...]:
 
 
 async def _offer(daemon: Daemon, request: Request, names: tuple[str, ...]) -> list[Offer]:
+    for text in request.objects:
+        options = parse_option(ObjectOptions, text, implied="qom-type")
+        if isinstance(options, Help):
+            raise Error(ErrorKind.INVALID_ARGUMENT, "--object needs an object", hint=options.text)
+        await daemon.add_object(options)
     nodes = [await _open(daemon, request, number, image) for number, image in enumerate(request.images)]
     listener = await _listen(daemon, request)
     addresses = tuple(dict.fromkeys(map(_as_clients_see, listener.addresses)))
@@ -133,12 +142,14 @@ async def _open(daemon: Daemon, request: Request, number: int, image: str) -> st
         image_format=request.image_format,
         direct=request.direct,
         discard=request.discard,
+        secrets_of=daemon,
     )
     try:
         node = await daemon.graph.add(options)
     except Error as error:
+        error = about(ImageName(name=image, force_share=True), error)
         if error.kind is not ErrorKind.DENIED or not request.writable:
-            raise
+            raise error from None
         hint = "Leave out --writable if it is only to be read, or get the right to write to it."
         raise Error(error.kind, error.message, hint=hint) from error
     if not node.length:

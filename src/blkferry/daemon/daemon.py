@@ -185,12 +185,19 @@ class Daemon:
     ) -> Disk:
         """Open an image (a path, a block device, or "memory:1G") as a node, and hold it.
 
-        `direct` bypasses the page cache. A container that is not raw is refused unless `image_format` says "raw".
-        Raises Error.
+        `direct` bypasses the page cache. The format is what the image looks like unless `image_format` says it. An
+        encrypted image takes the daemon's secret, if there is one only. Raises Error.
         """
         name = node_name or self._free_name("disk", self.graph.nodes)
         node = await self.graph.add(
-            images.options_for(os.fspath(image), name, writable=writable, image_format=image_format, direct=direct)
+            images.options_for(
+                os.fspath(image),
+                name,
+                writable=writable,
+                image_format=image_format,
+                direct=direct,
+                secrets_of=self,
+            )
         )
         try:
             return await Disk.attach(self.graph, node, writable=writable, owns_node=True)

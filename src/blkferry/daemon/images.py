@@ -1,32 +1,24 @@
-"""From what a person calls an image to the options of a node: a path, a block device, or "memory:1G".
+"""From what a person calls an image to the options of a node: a path, a block device, "json:{...}", or "memory:1G".
 
-A container format is never served as raw bytes because nobody said what it is: its first bytes are looked at, and
-what is not raw is refused with what to say instead.
+What a file holds is looked for in its first bytes where nobody says it, so that a container is never served by mistake
+as the bytes it consists of. An image with backing files is opened with all of them.
 """
 
 from __future__ import annotations
 
-import os
-import stat
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from blkferry.daemon.imaging.names import RAW, ImageName, check_format, options_of, with_key
 from blkferry.errors import Error, ErrorKind
+from blkferry.graph import filename
 from blkferry.schema.block import BlockdevOptions
 from blkferry.schema.visit import visit
 from blkferry.units import parse_size
 
-MEMORY = "memory:"
-FORMATS = ("raw",)
+if TYPE_CHECKING:
+    from blkferry.daemon.daemon import Daemon
 
-_MAGICS = {
-    b"QFI\xfb": "qcow2",
-    b"QED\0": "qed",
-    b"KDMV": "vmdk",
-    b"COWD": "vmdk",
-    b"vhdxfile": "vhdx",
-    b"conectix": "vpc",
-    b"LUKS\xba\xbe": "luks",
-}
+MEMORY = "memory:"
 
 
 def options_for(
@@ -37,22 +29,34 @@ def options_for(
     image_format: str | None = None,
     direct: bool = False,
     discard: bool = True,
+    secrets_of: Daemon | None = None,
 ) -> BlockdevOptions:
-    """The options of a node for `image`. Raises Error with what is wrong with it and what to do."""
-    if image_format is not None and image_format not in FORMATS:
-        raise Error(
-            ErrorKind.UNSUPPORTED,
-            f"Format '{image_format}' is not supported",
-            hint=f"Supported: {', '.join(FORMATS)}.",
-        )
-    options: dict[str, Any] = {"node-name": node_name, "read-only": not writable}
+    """The options of a node for `image`. Raises Error with what is wrong with it and what to do.
+
+    An encrypted image is opened with the secret of the daemon `secrets_of`, if that has just one.
+    """
+    options: dict[str, Any]
+    if image.startswith(MEMORY):
+        options = {"driver": "memory", "size": _memory_size(image), "read-only": not writable}
+    else:
+        options = _file_options(image, image_format, writable=writable, secrets_of=secrets_of)
+        options["cache"] = {"direct": direct}
+    options["node-name"] = node_name
     if discard:
         options["discard"] = "unmap"
-    if image.startswith(MEMORY):
-        options |= {"driver": "memory", "size": _memory_size(image)}
     else:
-        options |= {"driver": _driver_for(image, image_format), "filename": image, "cache": {"direct": direct}}
+        options.pop("discard", None)
     return visit(BlockdevOptions, options)
+
+
+def _file_options(image: str, image_format: str | None, *, writable: bool, secrets_of: Daemon | None) -> dict[str, Any]:
+    if image_format is not None:
+        check_format(image_format)
+    options = options_of(ImageName(name=image, image_format=image_format), writable=writable)
+    file = options.get("file")
+    if options["driver"] == RAW and isinstance(file, dict) and not image.startswith(filename.JSON):
+        return {**file, "read-only": not writable}  # nothing has to stand between the file and its users
+    return options if secrets_of is None else with_key(options, secrets_of)
 
 
 def _memory_size(image: str) -> int:
@@ -60,32 +64,3 @@ def _memory_size(image: str) -> int:
         return parse_size(image.removeprefix(MEMORY))
     except ValueError as error:
         raise Error(ErrorKind.INVALID_ARGUMENT, f"'{image}': {error}", hint="Like memory:1G.") from error
-
-
-def _driver_for(path: str, image_format: str | None) -> str:
-    try:
-        mode = os.stat(path).st_mode
-        if stat.S_ISBLK(mode):
-            return "host_device"
-        if stat.S_ISDIR(mode):
-            raise Error(ErrorKind.INVALID_ARGUMENT, f"'{path}' is a directory, not a disk image", path=path)
-        if not stat.S_ISREG(mode):
-            raise Error(ErrorKind.INVALID_ARGUMENT, f"'{path}' is neither a regular file nor a block device", path=path)
-        if image_format is None:
-            with open(path, "rb") as image:
-                _refuse_container(path, image.read(8))
-    except OSError as error:
-        hint = f"The path was taken relative to {os.getcwd()}." if not os.path.isabs(path) else ""
-        raise Error.from_oserror(f"Could not open '{path}'", error, hint=hint, path=path) from error
-    return "file"
-
-
-def _refuse_container(path: str, head: bytes) -> None:
-    for magic, name in _MAGICS.items():
-        if head.startswith(magic):
-            raise Error(
-                ErrorKind.UNSUPPORTED,
-                f"'{path}' is a {name} image, which is not supported yet",
-                hint="To serve the bytes of the container as they are, say format raw.",
-                path=path,
-            )

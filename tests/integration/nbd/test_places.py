@@ -1,5 +1,6 @@
 """Exports whose bytes lie in many places, and move: what was looked up is used as long as it is true, and no longer."""
 
+import itertools
 import os
 import socket
 import time
@@ -145,12 +146,11 @@ def test_a_client_that_leaves_gives_back_what_it_was_lent(daemon, tmp_path):
     eventually(lambda: node._storage.readers.count == 0)
 
 
-@pytest.mark.parametrize("mode", Mode)
-@pytest.mark.parametrize("flags", [0, CmdFlag.DF])
+@pytest.mark.parametrize(
+    ("mode", "flags"), [(Mode.SIMPLE, 0), *itertools.product((Mode.STRUCTURED, Mode.EXTENDED), (0, CmdFlag.DF))]
+)
 @pytest.mark.parametrize("length", [512, 4096, 3 << 20])
 def test_zeroes(daemon, tmp_path, mode, flags, length):
-    if mode is Mode.SIMPLE and flags:
-        pytest.skip("simple replies know no DF")
     serve(daemon, tmp_path, (Kind.ZERO,), length=6 << 20)
     with daemon.client(mode=mode) as client:
         client.write(1 << 20, b"x" * 10)

@@ -1,20 +1,21 @@
 """What a person calls an image, and the node options that this means.
 
-A name is a path, "file:PATH" or "json:{...}", or with `as_options` key=value options. A format that nobody says is probed.
+A name is a path, "file:PATH" or "json:{...}", or with `as_options` key=value options. A format that
+nobody says is probed.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from blkferry.drivers.qcow2.header import CryptMethod, Header
 from blkferry.errors import Error, ErrorKind
 from blkferry.graph import filename, registry
+from blkferry.graph.graph import MAX_DEPTH
 from blkferry.graph.loan import Loan, lend
 from blkferry.graph.permissions import ALL, Permission
 from blkferry.objects.secret import Secret
@@ -24,6 +25,7 @@ from blkferry.schema.visit import dump, visit
 
 if TYPE_CHECKING:
     from blkferry.daemon.daemon import Daemon
+    from blkferry.drivers.qcow2.header import Header
 
 RAW, QCOW2 = "raw", "qcow2"
 READ = Permission.CONSISTENT_READ
@@ -36,6 +38,9 @@ CACHES: dict[str, dict[str, bool]] = {
     "unsafe": {"no-flush": True},
 }
 """Cache modes by QEMU's names. Everything is flushed at the end, so that writing through makes no difference."""
+
+More: TypeAlias = Mapping[str, object] | None
+"""Further options of a node."""
 
 _PROTOCOLS = frozenset({"file", "host_device"})
 
@@ -50,9 +55,11 @@ class ImageName:
     force_share: bool = False
     cache: str = "writeback"
     snapshot: str | None = None
+    shown: str = ""
+    """What messages call it, where that is not the name."""
 
     def __str__(self) -> str:
-        return self.name
+        return self.shown or self.name
 
     @property
     def path(self) -> str | None:
@@ -160,31 +167,67 @@ def _share(options: dict[str, Any]) -> None:
             _share(child)
 
 
+def file_of(image: ImageName, options: dict[str, Any]) -> ImageName:
+    """The file that an image with these options is in, as an image of its own."""
+    name = filename.JSON + json.dumps(options["file"])
+    return replace(image, name=name, image_format=None, as_options=False, snapshot=None, shown=str(image))
+
+
+def secret_ids(daemon: Daemon) -> list[str]:
+    return [name for name, thing in daemon.objects.items() if isinstance(thing, Secret)]
+
+
 def with_key(options: dict[str, Any], daemon: Daemon) -> dict[str, Any]:
-    """Add the key to the options of an encrypted image, if there is one secret and nothing says which it is."""
-    if options["driver"] != QCOW2 or "encrypt" in options or not isinstance(options.get("file"), dict):
-        return options
-    secrets = [name for name, thing in daemon.objects.items() if isinstance(thing, Secret)]
-    method = _encryption(options["file"].get("filename"))
-    if method is CryptMethod.NONE or len(secrets) != 1:
-        return options
-    return {**options, "encrypt": {"format": method.name.lower(), "key-secret": secrets[0]}}
+    """Add the key to the options of an encrypted image, and of those below it, where nothing says which it is.
+
+    It is the daemon's only secret; with more of them somebody has to say. Blocking.
+    """
+    secrets = secret_ids(daemon)
+    return _with_key(options, secrets[0], MAX_DEPTH) if len(secrets) == 1 else options
 
 
-def _encryption(path: object) -> CryptMethod:
-    if not isinstance(path, str):
-        return CryptMethod.NONE
+def _with_key(options: dict[str, Any], secret: str, depth: int) -> dict[str, Any]:
+    file = options.get("file")
+    if options["driver"] != QCOW2 or not isinstance(file, dict) or not depth:
+        return options
+    path = str(file.get("filename", ""))
+    header = _header(path)
+    if header is None:
+        return options
+    more: dict[str, Any] = {}
+    if header.crypt_method and "encrypt" not in options:
+        more["encrypt"] = {"format": header.crypt_method.name.lower(), "key-secret": secret}
+    if header.backing_file is not None and "backing" not in options:
+        try:
+            below = dump(filename.options_for(header.backing_file, header.backing_format, named_by=path))
+        except Error:
+            return {**options, **more}  # whoever opens it will say what is wrong
+        keyed = _with_key(below, secret, depth - 1)
+        if keyed != below:
+            more["backing"] = keyed
+    return {**options, **more}
+
+
+def _header(path: str) -> Header | None:
+    """The header of the qcow2 image at a path."""
+    from blkferry.drivers.qcow2.header import Header
+
     try:
         with open(path, "rb") as file:
             head = file.read(512)
             file.seek(0)
-            return Header.parse(file.read(1 << Header.cluster_bits_of(head))).crypt_method
+            return Header.parse(file.read(1 << Header.cluster_bits_of(head)))
     except (OSError, Error):
-        return CryptMethod.NONE  # whoever opens it will say what is wrong
+        return None  # whoever opens it will say what is wrong
 
 
 async def full_options(
-    daemon: Daemon, image: ImageName, *, writable: bool = False, chain: bool = True, **more: object
+    daemon: Daemon,
+    image: ImageName,
+    *,
+    writable: bool = False,
+    chain: bool = True,
+    more: More = None,
 ) -> BlockdevOptions:
     """The options to open an image with, key included. Raises Error."""
 
@@ -192,7 +235,7 @@ async def full_options(
         return with_key(options_of(image, writable=writable, chain=chain), daemon)
 
     options = await daemon.services.in_thread(find)
-    return visit(BlockdevOptions, {**options, **more})
+    return visit(BlockdevOptions, {**options, **(more or {})})
 
 
 @asynccontextmanager
@@ -204,28 +247,24 @@ async def opened(
     writable: bool = False,
     chain: bool = True,
     shared: Permission = ALL,
-    **more: object,
+    more: More = None,
 ) -> AsyncIterator[Loan]:
     """Open an image, use its node, and close it again. `more` are further node options. Raises Error."""
-    options = await full_options(daemon, image, writable=writable, chain=chain, **more)
-    try:
-        loan = lend(daemon.graph, options, description, WRITE if writable else READ, shared)
-        entered = await loan.__aenter__()
-    except Error as error:
-        raise _about(image, error) from error
-    try:
-        yield entered
-    except BaseException as problem:
-        if not await loan.__aexit__(type(problem), problem, problem.__traceback__):
-            raise
-    else:
-        await loan.__aexit__(None, None, None)
+    options = await full_options(daemon, image, writable=writable, chain=chain, more=more)
+    async with AsyncExitStack() as stack:
+        used = WRITE if writable else READ
+        try:
+            loan = await stack.enter_async_context(lend(daemon.graph, options, description, used, shared))
+        except Error as error:
+            raise about(image, error) from error
+        yield loan
 
 
-def _about(image: ImageName, error: Error) -> Error:
+def about(image: ImageName, error: Error) -> Error:
     """The error with the image's name in it, and with what this command line calls things."""
     message, hint = error.message, error.hint
-    if image.name not in message:
+    message = message.replace(image.name, str(image))
+    if str(image) not in message:
         message = f"Could not open '{image}': {message}"
     if hint == "Add read-only=on if the image is only to be read.":
         hint = ""
@@ -236,8 +275,3 @@ def _about(image: ImageName, error: Error) -> Error:
     elif hint == "To open the image without it, say backing=null.":
         hint = ""
     return Error(error.kind, message, hint=hint, **error.facts)
-
-
-def parse_json_name(name: str) -> object:
-    """What follows "json:". Raises ValueError."""
-    return json.loads(name.removeprefix(filename.JSON))

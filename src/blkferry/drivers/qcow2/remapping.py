@@ -44,7 +44,8 @@ class Remapping:
             first, last = await self._units_to_zero(start, end)
             if fast and (first > start or last < end):
                 raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
-            if node.raw_data is not None:
+            if node.raw_data is not None and node.data_file is not None:
+                await node.data_file.extend(end)
                 await access.write_zeroes(node.raw_data, start, length, unmap=unmap)
             if first >= last:
                 await self._write_zeroes(start, end)
@@ -156,7 +157,9 @@ class Remapping:
                 async with node.changing():
                     at = await self._discard_some(at, last)
             if node.data_file is not None and node.pass_discard_request:
-                await access.discard(node.data_file.node, first, min(last, node.length) - first)
+                there = min(last, node.length, node.data_file.length) - first
+                if there > 0:
+                    await access.discard(node.data_file.node, first, there)
 
     async def _discard_some(self, at: int, end: int) -> int:
         node, geometry, metadata = self.node, self.geometry, self.metadata

@@ -68,9 +68,16 @@ async def _grow(node: Qcow2, old: int, length: int) -> None:
         await grow_l1(node, metadata.geometry.l1_entries(length))
         if node.data_file is not None and node.data_file.length < length and node.raw_data is not None:
             await node.data_file.node.resize(length)
+    node.length = length  # nobody has been told yet
+    try:
+        await _clear_what_was_behind(node, old, length)
+        await metadata.commit()
         await _set_size(node, length)
+    except BaseException:
+        node.length = old
+        raise
     node.bitmaps.resize(length)
-    await _clear_what_was_behind(node, old, length)
+    node.retire()
 
 
 async def _clear_what_was_behind(node: Qcow2, old: int, length: int) -> None:
