@@ -94,6 +94,8 @@ class Qcow2(Node):
         self._changes = InFlight()
         self._frozen = False
         self._freezing = asyncio.Lock()
+        self.reshaping = asyncio.Lock()
+        """Held by whoever takes, applies or deletes snapshots or changes the size: one such thing at a time."""
         self._thawed: list[asyncio.Future[None]] = []
         self.opaque = Opaque(self)
         self._clean_timer: asyncio.TimerHandle | None = None
@@ -182,6 +184,7 @@ class Qcow2(Node):
         if self._opened:
             self.metadata.move(services)
             self._freezing = asyncio.Lock()
+            self.reshaping = asyncio.Lock()
             services.loop.call_soon_threadsafe(self._clean_caches_later)
 
     def _clean_caches_later(self) -> None:

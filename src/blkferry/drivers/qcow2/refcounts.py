@@ -8,6 +8,7 @@ writes: blocks and table entries become dirty, and a commit writes them before a
 from __future__ import annotations
 
 import enum
+import errno
 from array import array
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,13 @@ class RefcountError(Exception):
     def __init__(self, message: str, offset: int) -> None:
         super().__init__(message)
         self.offset = offset
+
+
+class RefcountOverflowError(OSError):
+    """A cluster would be used more often than its refcount can say. Nothing is wrong with the image."""
+
+    def __init__(self, offset: int, maximum: int) -> None:
+        super().__init__(errno.ERANGE, f"the refcount of the cluster at {offset:#x} cannot exceed {maximum}")
 
 
 class Refcounts:
@@ -151,7 +159,7 @@ class Refcounts:
                 if not await self._adjust(cluster, change, rest=rest):
                     zero.append(cluster)
                 done += 1
-        except RefcountError:
+        except (RefcountError, OSError):
             for cluster in range(first, first + done):
                 await self._adjust(cluster, -change, rest=rest, back=True)
             raise
@@ -169,7 +177,7 @@ class Refcounts:
         if value < 0 or (not old and not back):
             raise RefcountError(f"the refcount of the cluster at {at:#x} is 0 although it is in use", at)
         if value > self.codec.maximum:
-            raise RefcountError(f"the refcount of the cluster at {at:#x} would exceed {self.codec.maximum}", at)
+            raise RefcountOverflowError(at, self.codec.maximum)
         block.values[index] = value
         self.blocks.touch(number, index, index + 1)
         if not value:

@@ -20,7 +20,12 @@ MAX_L1_BYTES = 32 << 20
 
 async def resize(node: Qcow2, length: int) -> None:
     """Make the disk `length` bytes long. Raises Error."""
-    await uninterrupted(asyncio.ensure_future(_resize(node, length)))
+    await uninterrupted(asyncio.ensure_future(_resize_alone(node, length)))
+
+
+async def _resize_alone(node: Qcow2, length: int) -> None:
+    async with node.reshaping:
+        await _resize(node, length)
 
 
 async def _resize(node: Qcow2, length: int) -> None:

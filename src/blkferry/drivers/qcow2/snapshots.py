@@ -10,15 +10,15 @@ from __future__ import annotations
 import asyncio
 import time
 from array import array
-from collections.abc import AsyncIterator, Iterator, MutableSequence
-from typing import TYPE_CHECKING
+from collections.abc import AsyncIterator, Coroutine, Iterator, MutableSequence
+from typing import TYPE_CHECKING, Any, Self
 
 from blkferry.drivers.qcow2.entries import COMPRESSED, COPIED, OFFSET, Geometry
 from blkferry.drivers.qcow2.header import MAX_SNAPSHOTS
 from blkferry.drivers.qcow2.metadata import Metadata
 from blkferry.drivers.qcow2.opening import find_snapshot
 from blkferry.drivers.qcow2.refcounts import MISSING
-from blkferry.drivers.qcow2.resizing import grow_l1, pad
+from blkferry.drivers.qcow2.resizing import MAX_L1_BYTES, grow_l1, pad
 from blkferry.drivers.qcow2.snapshot_table import NO_ICOUNT, Snapshot, build
 from blkferry.drivers.qcow2.words import CorruptError, big_endian, from_big_endian
 from blkferry.errors import Error, ErrorKind
@@ -59,7 +59,7 @@ def _check(node: Qcow2) -> None:
 
 async def create(node: Qcow2, name: str) -> Snapshot:
     """Take a snapshot of what the disk holds now. Raises Error."""
-    return await uninterrupted(asyncio.ensure_future(_create(node, name)))
+    return await _alone(node, _create(node, name))
 
 
 async def _create(node: Qcow2, name: str) -> Snapshot:
@@ -70,9 +70,10 @@ async def _create(node: Qcow2, name: str) -> Snapshot:
     now = time.time_ns()
     try:
         with node.marking_corruption():
-            async with node.frozen(), _dirty(node):
+            async with node.frozen(), _Half(node) as half:
                 await metadata.commit()
                 await _count(node, metadata.l1, 1)
+                half.begun = True
                 await _set_copied(node)
                 l1 = array("Q", (entry & ~COPIED for entry in metadata.l1))
                 offset = await _place(node, big_endian(l1))
@@ -96,7 +97,7 @@ async def _create(node: Qcow2, name: str) -> Snapshot:
 
 async def delete(node: Qcow2, snapshot_id: str | None, name: str | None) -> Snapshot:
     """Delete a snapshot. Raises Error."""
-    return await uninterrupted(asyncio.ensure_future(_delete(node, snapshot_id, name)))
+    return await _alone(node, _delete(node, snapshot_id, name))
 
 
 async def _delete(node: Qcow2, snapshot_id: str | None, name: str | None) -> Snapshot:
@@ -108,9 +109,10 @@ async def _delete(node: Qcow2, snapshot_id: str | None, name: str | None) -> Sna
         snapshot = find_snapshot(node.snapshots, snapshot_id or name or "")
     try:
         with node.marking_corruption():
-            async with node.frozen(), _dirty(node):
+            async with node.frozen(), _Half(node) as half:
                 await node.metadata.commit()
                 l1 = await _l1_of(node, snapshot)
+                half.begun = True
                 await _store(node, [each for each in node.snapshots if each is not snapshot])
                 await _drop_all(node, l1, snapshot.l1_table_offset)
     except OSError as error:
@@ -120,7 +122,7 @@ async def _delete(node: Qcow2, snapshot_id: str | None, name: str | None) -> Sna
 
 async def apply(node: Qcow2, wanted: str) -> Snapshot:
     """Make the disk what it was when the snapshot was taken, size included. Raises Error."""
-    return await uninterrupted(asyncio.ensure_future(_apply(node, wanted)))
+    return await _alone(node, _apply(node, wanted))
 
 
 async def _apply(node: Qcow2, wanted: str) -> Snapshot:
@@ -130,14 +132,22 @@ async def _apply(node: Qcow2, wanted: str) -> Snapshot:
     size = node.header.size if snapshot.disk_size is None else snapshot.disk_size
     if size != node.header.size:
         node.bitmaps.check_resize()
+    if metadata.geometry.l1_entries(size) * 8 > MAX_L1_BYTES:
+        raise Error(
+            ErrorKind.CORRUPT,
+            f"Snapshot '{snapshot.id}' says that its disk has {size} bytes, which no L1 table could describe",
+            structure="snapshot table",
+            offset=node.header.snapshots_offset,
+        )
     try:
         with node.marking_corruption():
-            async with node.frozen(), _dirty(node):
+            async with node.frozen(), _Half(node) as half:
                 await metadata.commit()
                 l1 = await _l1_of(node, snapshot)
                 await grow_l1(node, max(len(l1), metadata.geometry.l1_entries(size)))
                 l1.frombytes(bytes(8 * (len(metadata.l1) - len(l1))))
                 await _count(node, l1, 1)
+                half.begun = True
                 offset = await _place(node, big_endian(l1))
                 await metadata.commit()
                 old, old_offset = metadata.l1, metadata.header.l1_table_offset
@@ -155,25 +165,40 @@ async def _apply(node: Qcow2, wanted: str) -> Snapshot:
     return snapshot
 
 
+async def _alone(node: Qcow2, work: Coroutine[Any, Any, Snapshot]) -> Snapshot:
+    """Do one such thing at a time, and to its end."""
+
+    async def run() -> Snapshot:
+        async with node.reshaping:
+            return await work
+
+    return await uninterrupted(asyncio.ensure_future(run()))
+
+
 # Steps ----------------------------------------------------------------------------------------------------------
 
 
-class _dirty:  # noqa: N801 - reads as a verb
-    """The dirty bit is set within this."""
+class _Half:
+    """A piece of work that is half done in between: the dirty bit is set within this.
+
+    What fails before `begun` is set has been undone. What fails later leaves the bit, and the image is repaired when it
+    is opened next.
+    """
 
     def __init__(self, node: Qcow2) -> None:
         self._node = node
+        self.begun = False
 
-    async def __aenter__(self) -> None:
+    async def __aenter__(self) -> Self:
         if self._node.header.version >= 3:
             await self._node.metadata.set_dirty(dirty=True)
+        return self
 
     async def __aexit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         del rest
         metadata = self._node.metadata
-        if kind is not None:
-            metadata.unclean = True
-        elif not metadata.lazy and not metadata.unclean:
+        metadata.unclean = metadata.unclean or (kind is not None and self.begun)
+        if not metadata.lazy and not metadata.unclean:
             await metadata.commit()
             await metadata.set_dirty(dirty=False)
         self._node.header_changed()
