@@ -75,7 +75,7 @@ class Reclaiming:
 
     def _commit_soon(self) -> None:
         self._timer = None
-        self._count(self._commit())
+        self._count(self._commit)
 
     @property
     def any_dropped(self) -> bool:
@@ -94,16 +94,16 @@ class Reclaiming:
     def count_down(self, dropped: list[Dropped]) -> None:
         """The disk does not name these clusters any more. Not awaited: it may need commits itself."""
         if dropped:
-            self._count(self._count_down(dropped))
+            self._count(lambda: self._count_down(dropped))
 
-    def _count(self, work: Coroutine[Any, Any, None]) -> None:
+    def _count(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         task = self.services.loop.create_task(self._in_background(work))
         self._counting.add(task)
         task.add_done_callback(self._counting.discard)
 
-    async def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _in_background(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         try:
-            await work
+            await work()
         except CorruptError as error:
             self.on_corrupt(error)
         except OSError as error:  # whoever flushes next is told; what could not be freed is a leak
@@ -127,7 +127,7 @@ class Reclaiming:
 
     def _rest(self, free: list[Dropped]) -> None:
         if free and not self._ended:
-            task = self.services.loop.create_task(self._in_background(self._free(free)))
+            task = self.services.loop.create_task(self._in_background(lambda: self._free(free)))
             self._resting[task] = free
             task.add_done_callback(lambda done: self._resting.pop(done, None))
 
