@@ -63,9 +63,10 @@ def prepare(directory: Path, image: Image) -> Path:
         qemu_img("create", "-q", "-f", "qcow2", str(path), str(SIZE))
         return path
     if image is Image.QCOW2:
-        if not path.exists():
+        raw = prepare(directory, Image.RANDOM)
+        if not path.exists() or path.stat().st_mtime < raw.stat().st_mtime:  # rows that write do that to the raw one
             making = path.with_suffix(".making")
-            qemu_img("convert", "-f", "raw", "-O", "qcow2", str(prepare(directory, Image.RANDOM)), str(making))
+            qemu_img("convert", "-f", "raw", "-O", "qcow2", str(raw), str(making))
             making.rename(path)
         return path
     if path.exists() and path.stat().st_size == SIZE:

@@ -82,6 +82,11 @@ class Node:
         self.alignment = 1
         self.remap_alignment = 1
 
+    @property
+    def reuses_places(self) -> bool:
+        """Whether a place that a lookup has named may come to hold other bytes of the node later."""
+        return False
+
     # Where bytes live ------------------------------------------------------------------------------------------
 
     def lookup(self, start: int, length: int, effort: Effort) -> list[Extent] | None:

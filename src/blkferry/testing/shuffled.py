@@ -115,6 +115,10 @@ class Shuffled(Node):
 
     # Where bytes live ------------------------------------------------------------------------------------------
 
+    @property
+    def reuses_places(self) -> bool:
+        return True
+
     def lookup(self, start: int, length: int, effort: Effort) -> list[Extent] | None:
         del effort
         extents: list[Extent] = []

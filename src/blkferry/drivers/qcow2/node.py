@@ -134,6 +134,10 @@ class Qcow2(Node):
         return self.metadata.file
 
     @property
+    def reuses_places(self) -> bool:
+        return self.metadata.writable
+
+    @property
     def has_backing(self) -> bool:
         return BACKING in self.children
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 from blkferry.extent import Content
+from blkferry.graph.node import depends_on
 from blkferry.graph.root import Root
 from blkferry.plane.storage import Storage
 from blkferry.plane.window import REGION_BITS, Window
@@ -109,6 +110,7 @@ class Places:
         self.granules: dict[int, Piece] = {}
         self.bits = GRANULE_BITS
         self.may_write = False  # from within a turn
+        self.lent = False  # a place that is being sent from may be used for something else meanwhile
         self.turn = 0.0  # when this turn of a client began
         self.inline_writes_from = 0.0  # as in Storage, where there is no `whole`
         self._looked = False
@@ -120,6 +122,7 @@ class Places:
         if not self._looked:
             self._looked = True
             self.may_write = self._writable and not self._root.detects_zeroes
+            self.lent = any(node.reuses_places for node in depends_on(self._root.node))
             self.whole = self._find_whole()
         return self.whole
 

@@ -325,7 +325,7 @@ def _chunks(parts: list[_Part]) -> list[list[_Part]]:
 
 
 def _send_parts(client: NbdClient, chunks: list[list[_Part]]) -> None:
-    lent = client.places.whole is None
+    lent = client.places.lent
     for chunk in chunks:
         if chunk[0][0] is not None:
             client.outbox.send_files(chunk, lent=lent)  # type: ignore[arg-type]  # there is a storage in all of them

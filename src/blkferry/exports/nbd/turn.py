@@ -216,7 +216,7 @@ def serve(client: NbdClient, data: memoryview, end: int) -> int:
                 else:
                     pack_data(out, filled, data_prefix, cookie, offset, length + 8, offset)
                 replies.send(begun, filled + data_header, more=True)
-                client.outbox.send_file(storage, place, length, lent=pieces is not None)
+                client.outbox.send_file(storage, place, length, lent=places.lent)
                 pos += header
                 filled = begun = 0
                 straight = False
@@ -275,7 +275,7 @@ class Replies:
         if filled > begun:
             self.pieces.append(view[begun:filled])
         total = filled + sum(map(len, self.pieces[1::2]))
-        client.outbox.send_mapped(self.pieces, self.spots, self.storages, total, lent=client.places.whole is None)
+        client.outbox.send_mapped(self.pieces, self.spots, self.storages, total, lent=client.places.lent)
         self.pieces.clear()
         self.spots.clear()
         self.storages[:] = [(0, self.storages[-1][1])]
