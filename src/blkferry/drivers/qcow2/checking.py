@@ -138,6 +138,10 @@ class _Repairs:
         if not survey.refcounts_lost:
             await adjust(survey, upwards=False)
         survey = await self._again()
+        if self._all and survey.refcounts_wrong and not survey.refcounts_lost:  # what mending brought into reach
+            await adjust(survey, upwards=True)
+            await adjust(survey, upwards=False)
+            survey = await self._again()
         if survey.copied_wrong:
             await flag_copied(survey, copied=False)
             await flag_copied(survey, copied=True)

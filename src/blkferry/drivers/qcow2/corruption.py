@@ -7,7 +7,6 @@ import logging
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from blkferry.drivers.qcow2.refcounts import RefcountError
 from blkferry.drivers.qcow2.words import CorruptError
 from blkferry.errors import Error
 
@@ -18,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class Marking:
-    """Within this, a CorruptError or RefcountError takes the node offline for writing; what comes out is an OSError."""
+    """Within this, a CorruptError takes the node offline for writing; what comes out is an OSError."""
 
     def __init__(self, node: Qcow2) -> None:
         self._node = node
@@ -32,10 +31,6 @@ class Marking:
         del kind, trace
         if isinstance(error, CorruptError):
             self._node.found_corruption(error)
-        elif isinstance(error, RefcountError):
-            found = CorruptError(str(error), error.offset)
-            self._node.found_corruption(found)
-            raise found from error
         elif isinstance(error, Error):  # from a child that was to be made longer
             raise OSError(errno.EIO, error.message) from error
 

@@ -33,7 +33,6 @@ from blkferry.drivers.qcow2.hostfile import HostFile
 from blkferry.drivers.qcow2.metadata import Metadata
 from blkferry.drivers.qcow2.opaque import Opaque
 from blkferry.drivers.qcow2.options import BlockdevCreateOptionsQcow2, BlockdevOptionsQcow2
-from blkferry.drivers.qcow2.refcounts import RefcountError
 from blkferry.drivers.qcow2.remapping import Remapping
 from blkferry.drivers.qcow2.words import CorruptError
 from blkferry.drivers.qcow2.writing import Writing
@@ -214,10 +213,13 @@ class Qcow2(Node):
         self._stop_cleaning()
         if self.metadata.writable and not self.corrupt:
             try:
-                await self.settle_on_disk()
+                with self.marking_corruption():
+                    await self.settle_on_disk()
             except (OSError, Error) as error:
                 log.error("%s: could not write everything on closing: %s", self.filename(), error)  # noqa: TRY400
         await self.metadata.reclaiming.end()
+        if self._marking is not None:
+            await asyncio.wait([self._marking])
         self._opened = False
 
     async def settle_on_disk(self) -> None:
@@ -307,7 +309,7 @@ class Qcow2(Node):
     def write_now(self, start: int, view: memoryview) -> bool:
         try:
             return self.writing.write_now(start, view)
-        except (CorruptError, RefcountError):
+        except CorruptError:
             return False  # `write` finds it again, and says so
 
     async def remap(self, start: int, length: int, *, unmap: bool, fast: bool) -> None:

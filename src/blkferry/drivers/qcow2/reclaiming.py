@@ -13,7 +13,6 @@ import logging
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from blkferry.drivers.qcow2.refcounts import RefcountError
 from blkferry.drivers.qcow2.words import CorruptError
 from blkferry.graph import access
 
@@ -120,8 +119,6 @@ class Reclaiming:
                         free.append(Dropped(cluster, 1, discard))
                 if self.refcounts.blocks.crowded:
                     await self._commit()
-        except RefcountError as error:
-            raise CorruptError(str(error), error.offset) from error
         finally:
             self._rest(free)
 

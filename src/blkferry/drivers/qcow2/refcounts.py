@@ -13,6 +13,7 @@ from array import array
 from typing import TYPE_CHECKING
 
 from blkferry.drivers.qcow2.tables import Table, TableCache
+from blkferry.drivers.qcow2.words import CorruptError
 
 if TYPE_CHECKING:
     from blkferry.drivers.qcow2.hostfile import HostFile
@@ -30,14 +31,6 @@ class Missing(enum.Enum):
 
 
 MISSING = Missing.MISSING
-
-
-class RefcountError(Exception):
-    """The refcounts cannot be right; the message names the structure and its offset."""
-
-    def __init__(self, message: str, offset: int) -> None:
-        super().__init__(message)
-        self.offset = offset
 
 
 class RefcountOverflowError(OSError):
@@ -64,14 +57,14 @@ class Refcounts:
         """Clusters whose count is 0 and that must not be taken yet, for somebody may still read there."""
 
     def block_offset(self, number: int) -> int:
-        """Where block `number` is, 0 if there is none. Raises RefcountError for a place that cannot be."""
+        """Where block `number` is, 0 if there is none. Raises CorruptError for a place that cannot be."""
         if number >= len(self.table):
             return 0
         offset = self.table[number] & TABLE_OFFSET
         if offset & ((1 << self.cluster_bits) - 1):
-            raise RefcountError(f"refcount block {number} is not aligned to a cluster: {offset:#x}", offset)
+            raise CorruptError(f"refcount block {number} is not aligned to a cluster: {offset:#x}", offset)
         if offset >= self.file.length:
-            raise RefcountError(f"refcount block {number} lies behind the end of the image: {offset:#x}", offset)
+            raise CorruptError(f"refcount block {number} lies behind the end of the image: {offset:#x}", offset)
         return offset
 
     async def load(self, number: int) -> None:
@@ -148,7 +141,7 @@ class Refcounts:
         self.hint = min(self.hint, first)
 
     async def adjust(self, first: int, count: int, change: int, *, rest: bool = False) -> list[int]:
-        """Add `change` to the refcounts of clusters that are in use. Raises RefcountError when that cannot be.
+        """Add `change` to the refcounts of clusters that are in use. Raises CorruptError when that cannot be.
 
         Those that become 0 are free at once, or with `rest` when `wake` says so; they are returned.
         """
@@ -159,7 +152,7 @@ class Refcounts:
                 if not await self._adjust(cluster, change, rest=rest):
                     zero.append(cluster)
                 done += 1
-        except (RefcountError, OSError):
+        except OSError:
             for cluster in range(first, first + done):
                 await self._adjust(cluster, -change, rest=rest, back=True)
             raise
@@ -169,13 +162,13 @@ class Refcounts:
         number, index = divmod(cluster, self.per_block)
         while (block := self.blocks.get(number)) is None:
             if not self.block_offset(number):
-                raise RefcountError(f"cluster {cluster << self.cluster_bits:#x} is in use but has no refcount", 0)
+                raise CorruptError(f"cluster {cluster << self.cluster_bits:#x} is in use but has no refcount", 0)
             await self.load(number)
         old = block.values[index]
         value = old + change
         at = cluster << self.cluster_bits
         if value < 0 or (not old and not back):
-            raise RefcountError(f"the refcount of the cluster at {at:#x} is 0 although it is in use", at)
+            raise CorruptError(f"the refcount of the cluster at {at:#x} is 0 although it is in use", at)
         if value > self.codec.maximum:
             raise RefcountOverflowError(at, self.codec.maximum)
         block.values[index] = value
