@@ -31,7 +31,10 @@ async def carry_out(daemon: Daemon, given: Given) -> None:
             raise HelpWanted(options.text)
         await apply(daemon, options)
     except Error as error:
-        raise Error(error.kind, f"{given.written}: {error.message}", hint=error.hint, **error.facts) from error
+        written = given.written
+        if given.name == "object" and "secret" in written:  # its key may be a part of it
+            written = f"--{given.name}"
+        raise Error(error.kind, f"{written}: {error.message}", hint=error.hint, **error.facts) from error
 
 
 async def _blockdev(daemon: Daemon, options: BlockdevOptions) -> None:
