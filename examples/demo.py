@@ -17,8 +17,9 @@ import time
 from pathlib import Path
 
 from blkferry.testing.nbd import Client
-from blkferry.units import MIB, format_size
+from blkferry.units import format_size
 
+MIB = 1 << 20
 SIZE = 256 * MIB
 CHUNK = MIB
 WRITTEN = (0, 100 * MIB, SIZE - CHUNK)  # all else of the image is a hole
