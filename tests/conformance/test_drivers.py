@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import random
 import subprocess
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
 from blkferry.daemon.daemon import Daemon
+from blkferry.drivers.qcow2.creation import CreateSpec, create
 from blkferry.errors import Error
 from blkferry.graph import registry
 from blkferry.graph.permissions import ALL, Permission
 from blkferry.graph.root import Root
+from blkferry.testing import record
 
 MIB = 1 << 20
 SIZE = 2 * MIB
@@ -49,6 +54,32 @@ def loop_device(tmp_path):
         subprocess.run(["losetup", "--detach", device], check=True)
 
 
+def qcow2_of(tmp_path, *, backing: int = 0, data_file: bool = False, **spec) -> dict[str, Any]:
+    """Options for a new qcow2 image; `backing` is the length of a backing file."""
+    path = tmp_path / "disk.qcow2"
+    wanted = CreateSpec(size=SIZE, data_file_name="data" if data_file else None, **spec)
+
+    async def make() -> bytes:
+        async with Daemon() as daemon:
+            image, data = (record.insert(daemon.graph, name, record.Bytes) for name in ("image", "data"))
+            image.fill(b"")
+            data.fill(b"")
+            await create(image, data if data_file else None, wanted)
+            return image.content()
+
+    with ThreadPoolExecutor(1) as pool:
+        path.write_bytes(pool.submit(asyncio.run, make()).result())
+    options: dict[str, Any] = {"file": {"driver": "file", "filename": str(path)}}
+    if data_file:
+        options["data-file"] = {"driver": "file", "filename": file_of(tmp_path, 0)}
+    if backing:
+        below = file_of(tmp_path, 0)
+        with open(below, "wb") as file:
+            file.write(bytes(backing))  # what a new disk has to read as
+        options["backing"] = {"driver": "file", "filename": below, "read-only": True}
+    return options
+
+
 CASES = {
     "file": lambda path, _: {"filename": file_of(path)},
     "file, direct": lambda path, _: {"filename": file_of(path), "cache": {"direct": True}},
@@ -74,6 +105,18 @@ CASES = {
         "cache": {"direct": True},
     },
     "raw on memory": lambda *_: {"file": {"driver": "memory", "size": SIZE}},
+    "qcow2": lambda path, _: qcow2_of(path),
+    "qcow2, direct": lambda path, _: qcow2_of(path, cluster_size=4096) | {"cache": {"direct": True}},
+    "qcow2, 512": lambda path, _: qcow2_of(path, cluster_size=512, refcount_bits=64),
+    "qcow2, 2M": lambda path, _: qcow2_of(path, cluster_size=2 * MIB),
+    "qcow2, v2": lambda path, _: qcow2_of(path, cluster_size=4096, version=2),
+    "qcow2, lazy, small caches": lambda path, _: (
+        qcow2_of(path, cluster_size=1024, lazy_refcounts=True) | {"l2-cache-size": 0, "refcount-cache-size": 0}
+    ),
+    "qcow2, subclusters": lambda path, _: qcow2_of(path, cluster_size=16384, extended_l2=True),
+    "qcow2, backing": lambda path, _: qcow2_of(path, backing=MIB + 512),
+    "qcow2, data file": lambda path, _: qcow2_of(path, data_file=True, cluster_size=4096),
+    "qcow2, short raw data file": lambda path, _: qcow2_of(path, data_file=True, data_file_raw=True),
 }
 
 

@@ -391,6 +391,13 @@ class Qcow2(Node):
         self.opaque.forget(start, end)
         self.retire(start, end)
 
+    def file_may_have_grown(self) -> None:
+        """A cluster that was there before was written: if it lay behind the end of the file, it no longer does."""
+        length = (self.data_file or self.file).length
+        if length != self.mapper.file_length:
+            self.mapper.file_length = length
+            self.retire()
+
     def mark_dirty_bitmaps(self, start: int, end: int) -> None:
         """Note in the bitmaps that record it that a range is written."""
         if self.bitmaps.enabled:

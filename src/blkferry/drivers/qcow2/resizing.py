@@ -61,8 +61,8 @@ async def _shrink(node: Qcow2, length: int) -> None:
     size = node.metadata.geometry.cluster_size
     async with node.frozen():
         await node.remapping.forget(align_up(length, size), align_up(node.length, size))
+        await node.metadata.commit()  # first: whoever made the disk longer after a crash would find the old bytes
         await _set_size(node, length)
-        await node.metadata.commit()
     node.bitmaps.resize(length)
 
 

@@ -86,6 +86,7 @@ class Writing:
             assert segment.host is not None
             if not node.put_guest_now(segment.host + at - low, view[: high - at]):
                 return 0
+            node.file_may_have_grown()
             return high - at
         head, tail = at - low, -high & (geometry.cluster_size - 1)
         if (head and not self._reads_zero(values, low, at)) or (
@@ -259,6 +260,7 @@ class Writing:
             assert segment.host is not None
             stop = min(end, (segment.cluster + segment.clusters) << bits)
             await node.put_guest(at, segment.host + at - (segment.cluster << bits), view[: stop - at])
+            node.file_may_have_grown()
             return stop - at
         host, count = segment.host, segment.clusters
         if host is None:
@@ -321,6 +323,7 @@ class Writing:
             host = base
         elif _bits(at, end, base, geometry.unit_bits) & ~allocated == 0:
             await node.put_guest(at, host + at - base, view[: end - at])
+            node.file_may_have_grown()
             return end - at
         else:  # only the subclusters at the edges that are not there yet are filled up
             low = at if allocated >> ((at - base) >> geometry.unit_bits) & 1 else low
