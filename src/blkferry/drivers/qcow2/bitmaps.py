@@ -14,7 +14,6 @@ from blkferry.drivers.qcow2 import bitmap_directory
 from blkferry.drivers.qcow2.bitmap_directory import ALL_ONES, BitmapEntry, BitmapFlags
 from blkferry.drivers.qcow2.extensions import BitmapsExtension
 from blkferry.drivers.qcow2.header import Autoclear
-from blkferry.drivers.qcow2.resizing import pad
 from blkferry.errors import Error, ErrorKind
 from blkferry.graph.bitmaps import DirtyBitmap
 
@@ -156,7 +155,7 @@ class StoredBitmaps:
             offset, size = await self._write(node, bitmap)
             entries.append(replace(entry, flags=flags, table_offset=offset, table_size=size))
         directory = bitmap_directory.build(entries, node.header)
-        offset = await self._place(node, directory)
+        offset = await node.metadata.place_table(directory)
         await metadata.commit()
         old = node.header.bitmaps
         assert old is not None
@@ -190,15 +189,5 @@ class StoredBitmaps:
             elif len(part) == size and part == b"\xff" * size:
                 table.append(ALL_ONES)
             else:
-                table.append(await self._place(node, part))
-        return await self._place(node, bitmap_directory.build_table(table, size)), entries
-
-    async def _place(self, node: Qcow2, data: bytes) -> int:
-        metadata = node.metadata
-        geometry = metadata.geometry
-        async with metadata.structure:
-            first = await metadata.take_exactly(geometry.clusters(len(data)))
-        offset = first << geometry.cluster_bits
-        metadata.check_free(offset, len(data))
-        await metadata.file.put(offset, pad(data, geometry.cluster_size))
-        return offset
+                table.append(await node.metadata.place_table(part))
+        return await node.metadata.place_table(bitmap_directory.build_table(table, size)), entries

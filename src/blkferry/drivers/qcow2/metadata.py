@@ -262,6 +262,21 @@ class Metadata:
         finally:
             self.refcounts.hint = min(self.refcounts.hint, start)
 
+    async def place_table(self, data: bytes) -> int:
+        """Put a table into adjacent clusters of its own; where that is. Raises OSError.
+
+        An empty one takes none, and is said to be in the second cluster: it must not be in the header's.
+        """
+        size = self.geometry.cluster_size
+        if not data:
+            return size
+        async with self.structure:
+            first = await self.take_exactly(self.geometry.clusters(len(data)))
+        offset = first << self.geometry.cluster_bits
+        self.check_free(offset, len(data))
+        await self.file.put(offset, data + bytes(-len(data) % size))
+        return offset
+
     async def make_room(self) -> None:
         """Do what a plain `take` was missing. Raises OSError."""
         async with self.structure:

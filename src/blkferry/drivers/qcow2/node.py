@@ -59,7 +59,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FILE, DATA_FILE = "file", "data-file"
 
 _WRITE = Permission.WRITE | Permission.RESIZE
 
@@ -501,8 +500,7 @@ class Qcow2(Node):
 
     def child_permissions(self, role: str, used: Permission, shared: Permission) -> tuple[Permission, Permission]:
         if role == BACKING:
-            changes = _WRITE if shared & Permission.WRITE else Permission(0)
-            return used & Permission.CONSISTENT_READ, changes | Permission.CONSISTENT_READ | Permission.WRITE_UNCHANGED
+            return super().child_permissions(role, used, shared)
         wanted = Permission.CONSISTENT_READ | (_WRITE if not self.read_only else Permission(0))
         return wanted, ALL & ~_WRITE
 

@@ -17,7 +17,14 @@ from blkferry.drivers.qcow2 import compression, settings
 from blkferry.drivers.qcow2.bitmaps import StoredBitmaps
 from blkferry.drivers.qcow2.checking import Repair, check
 from blkferry.drivers.qcow2.entries import OFFSET, Geometry
-from blkferry.drivers.qcow2.header import Autoclear, CryptMethod, Header, Incompatible
+from blkferry.drivers.qcow2.header import (
+    AUTOCLEAR_AT,
+    Autoclear,
+    CryptMethod,
+    Header,
+    Incompatible,
+    pack_features,
+)
 from blkferry.drivers.qcow2.hostfile import HostFile
 from blkferry.drivers.qcow2.mapping import Mapper
 from blkferry.drivers.qcow2.metadata import Metadata
@@ -307,12 +314,9 @@ async def _take_over(node: Qcow2, file: HostFile, header: Header) -> Header:
     if unknown:
         log.info("%s: clearing autoclear features that we do not know: %#x", node.filename(), unknown)
         header = replace(header, autoclear=header.autoclear & _KNOWN_AUTOCLEAR)
-        await file.put(_AUTOCLEAR_AT, int(header.autoclear).to_bytes(8, "big"))
+        await file.put(AUTOCLEAR_AT, pack_features(header.autoclear))
         await file.node.flush()
     return header
-
-
-_AUTOCLEAR_AT = 88
 
 
 # Tables ---------------------------------------------------------------------------------------------------------

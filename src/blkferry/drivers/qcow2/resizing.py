@@ -103,16 +103,12 @@ async def _set_size(node: Qcow2, length: int) -> None:
 async def grow_l1(node: Qcow2, entries: int) -> None:
     """Move the L1 table to a larger place if it has fewer entries. Everything is committed; the node is frozen."""
     metadata = node.metadata
-    header, geometry = metadata.header, metadata.geometry
+    header = metadata.header
     if entries <= len(metadata.l1):
         return
     l1 = array("Q", metadata.l1)
     l1.frombytes(bytes(8 * (entries - len(l1))))
-    async with metadata.structure:
-        first = await metadata.take_exactly(geometry.clusters(8 * entries))
-        offset = first << geometry.cluster_bits
-        metadata.check_free(offset, 8 * entries)
-        await metadata.file.put(offset, pad(big_endian(l1), geometry.cluster_size))
+    offset = await metadata.place_table(big_endian(l1))
     await metadata.commit()
     await metadata.change_header(l1_size=entries, l1_table_offset=offset)
     metadata.l1 = l1
@@ -129,8 +125,3 @@ def _moved(node: Qcow2, old: int, old_length: int, new: int, new_length: int, na
     metadata.know(new, new_length, name)
     if count:
         metadata.drop(first, count, discard=False)
-
-
-def pad(data: bytes, size: int) -> bytes:
-    """`data` with zeroes behind it, up to a multiple of `size`."""
-    return data + bytes(-len(data) % size)

@@ -18,7 +18,7 @@ from blkferry.drivers.qcow2.header import MAX_SNAPSHOTS
 from blkferry.drivers.qcow2.metadata import Metadata
 from blkferry.drivers.qcow2.opening import find_snapshot
 from blkferry.drivers.qcow2.refcounts import MISSING
-from blkferry.drivers.qcow2.resizing import MAX_L1_BYTES, grow_l1, pad
+from blkferry.drivers.qcow2.resizing import MAX_L1_BYTES, grow_l1
 from blkferry.drivers.qcow2.snapshot_table import NO_ICOUNT, Snapshot, build
 from blkferry.drivers.qcow2.words import CorruptError, big_endian, from_big_endian
 from blkferry.errors import Error, ErrorKind
@@ -76,7 +76,7 @@ async def _create(node: Qcow2, name: str) -> Snapshot:
                 half.begun = True
                 await _set_copied(node)
                 l1 = array("Q", (entry & ~COPIED for entry in metadata.l1))
-                offset = await _place(node, big_endian(l1))
+                offset = await metadata.place_table(big_endian(l1))
                 snapshot = Snapshot(
                     id=str(max((int(each.id) for each in node.snapshots if each.id.isdecimal()), default=0) + 1),
                     name=name,
@@ -148,7 +148,7 @@ async def _apply(node: Qcow2, wanted: str) -> Snapshot:
                 l1.frombytes(bytes(8 * (len(metadata.l1) - len(l1))))
                 await _count(node, l1, 1)
                 half.begun = True
-                offset = await _place(node, big_endian(l1))
+                offset = await metadata.place_table(big_endian(l1))
                 await metadata.commit()
                 old, old_offset = metadata.l1, metadata.header.l1_table_offset
                 await metadata.change_header(size=size, l1_size=len(l1), l1_table_offset=offset)
@@ -329,25 +329,11 @@ async def _drop_all(node: Qcow2, l1: MutableSequence[int], l1_offset: int) -> No
     await _set_copied(node)
 
 
-async def _place(node: Qcow2, data: bytes) -> int:
-    """Put a table into clusters of its own; where that is. 0 for an empty one."""
-    metadata = node.metadata
-    geometry = metadata.geometry
-    if not data:
-        return geometry.cluster_size
-    async with metadata.structure:
-        first = await metadata.take_exactly(geometry.clusters(len(data)))
-    offset = first << geometry.cluster_bits
-    metadata.check_free(offset, len(data))
-    await metadata.file.put(offset, pad(data, geometry.cluster_size))
-    return offset
-
-
 async def _store(node: Qcow2, snapshots: list[Snapshot]) -> None:
     """Write the list of snapshots to a new place, and let the header point there."""
     metadata = node.metadata
     header = metadata.header
-    offset = await _place(node, build(snapshots)) if snapshots else 0
+    offset = await metadata.place_table(build(snapshots)) if snapshots else 0
     await metadata.commit()
     await metadata.change_header(nb_snapshots=len(snapshots), snapshots_offset=offset)
     if header.nb_snapshots:
