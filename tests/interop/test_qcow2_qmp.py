@@ -250,3 +250,29 @@ def test_corruption_takes_the_node_offline_for_writing(daemon, tmp_path):
 
 async def subscribe(daemon, events):
     daemon.daemon.subscribe(lambda name, data: events.append((name, data)))
+
+
+@pytest.mark.parametrize("more", ["", ",extended_l2=on,cluster_size=16k"])
+def test_a_raw_data_file_grows_as_qemus_does(daemon, tmp_path, more):
+    """Every new cluster has its place at once; the raw file holds zeroes there, also where it was longer before."""
+    maps = []
+    for name in ("theirs", "ours"):
+        path, raw = tmp_path / f"{name}.qcow2", tmp_path / f"{name}.raw"
+        options = f"data_file={raw},data_file_raw=on{more}"
+        run("qemu-img", "create", "-f", "qcow2", "-o", options, path, str(MIB + 4096))
+        run("qemu-io", "-f", "qcow2", "-c", f"write -P 3 0 {MIB + 4096}", path)
+        if name == "ours":
+            with raw.open("ab") as file_:
+                file_.write(b"\x07" * MIB)  # what somebody left there
+            add(daemon, "d", path)
+            daemon.execute("block_resize", node_name="d", size=3 * MIB)
+            daemon.execute("blockdev-del", node_name="d")
+            assert raw.read_bytes() == b"\x03" * (MIB + 4096) + bytes(2 * MIB - 4096)
+        else:
+            run("qemu-img", "resize", "-f", "qcow2", path, str(3 * MIB))
+        check(path)
+        pattern(path, f"3 0 {MIB + 4096}", f"0 {MIB + 4096} {2 * MIB - 4096}")
+        extents = json.loads(run("qemu-img", "map", "--output=json", path).stdout)
+        maps.append([{key: value for key, value in extent.items() if key != "filename"} for extent in extents])
+    if not more:  # QEMU maps no subcluster of its own, so that what others write to the raw file stays unseen
+        assert maps[0] == maps[1]

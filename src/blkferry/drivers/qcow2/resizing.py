@@ -6,6 +6,7 @@ import asyncio
 from array import array
 from typing import TYPE_CHECKING
 
+from blkferry.drivers.qcow2.entries import ALL_ALLOCATED, COPIED
 from blkferry.drivers.qcow2.words import big_endian
 from blkferry.errors import Error, ErrorKind
 from blkferry.graph import access
@@ -71,11 +72,13 @@ async def _grow(node: Qcow2, old: int, length: int) -> None:
     async with node.frozen():
         await metadata.commit()
         await grow_l1(node, metadata.geometry.l1_entries(length))
-        if node.data_file is not None and node.data_file.length < length and node.raw_data is not None:
-            await node.data_file.node.resize(length)
+        if node.raw_data is not None and node.raw_data.length < length:
+            await node.raw_data.resize(length)
     node.length = length  # nobody has been told yet
     try:
         await _clear_what_was_behind(node, old, length)
+        if node.raw_data is not None:
+            await _map_raw_data(node, old, length)
         await metadata.commit()
         await _set_size(node, length)
     except BaseException:
@@ -92,6 +95,27 @@ async def _clear_what_was_behind(node: Qcow2, old: int, length: int) -> None:
         await access.write_zeroes(node, old, edge - old, unmap=False)
     if node.backing_length() > old and length > edge:  # all of it, as QEMU does
         await access.write_zeroes(node, edge, length - edge, unmap=True)
+
+
+async def _map_raw_data(node: Qcow2, old: int, length: int) -> None:
+    """In a raw data file new clusters have their places from the beginning, as QEMU has it and creation does it.
+
+    Whoever reads that file as it is must find what the disk holds: zeroes, also where it was longer than the disk.
+    """
+    assert node.raw_data is not None
+    geometry, metadata = node.metadata.geometry, node.metadata
+    await access.write_zeroes(node.raw_data, old, length - old, unmap=True)
+    at = align_up(old, geometry.cluster_size)
+    while at < length:
+        number, values = await node.writing.load_table(at)
+        end = min((number + 1) << geometry.slice_shift, align_up(length, geometry.cluster_size))
+        index = ((at >> geometry.cluster_bits) & geometry.slice_mask) * geometry.words
+        for place in range(index, index + ((end - at) >> geometry.cluster_bits) * geometry.words, geometry.words):
+            values[place] = at | COPIED
+            if geometry.extended:
+                values[place + 1] = ALL_ALLOCATED
+            at += geometry.cluster_size
+        metadata.slices.touch(number, index, place + geometry.words)
 
 
 async def _set_size(node: Qcow2, length: int) -> None:

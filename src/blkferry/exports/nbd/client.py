@@ -28,7 +28,14 @@ from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from blkferry.exports.nbd import slow, turn
-from blkferry.exports.nbd.limits import COMPLAINT_SECONDS, FEW, GATHER_SECONDS, MAX_IN_FLIGHT, MAX_IN_FLIGHT_BYTES
+from blkferry.exports.nbd.limits import (
+    COMPLAINT_SECONDS,
+    FEW,
+    GATHER_SECONDS,
+    MAX_IN_FLIGHT,
+    MAX_IN_FLIGHT_BYTES,
+    MAX_RECEIVES,
+)
 from blkferry.exports.nbd.requests import Payload, with_whole_payload
 from blkferry.plane.buffers import Buffer
 from blkferry.plane.drain import InFlight
@@ -211,29 +218,32 @@ class NbdClient:
             patience = self.services.poll_seconds * (1 if self._polled_in_vain else 2)
             self._prompt = time.monotonic() - self._turn_ended < patience
         try:
-            payload = self.payload
-            if payload is not None:
-                self._receive_payload(payload)
-                return
-            scratch = self.services.scratch_in
-            have = len(self._stash)
-            if have:
-                scratch[:have] = self._stash
-                self._stash = b""
-            count = self._sock.recv_into(scratch[have:])
+            for _ in range(MAX_RECEIVES):
+                if not self._receive():
+                    return
         except BlockingIOError:
-            if self.payload is None and have:
-                self._stash = bytes(scratch[:have])
             return
         except OSError as error:
             self.close(error.strerror or "receive failed")
             return
+        self._look_again()
+
+    def _receive(self) -> bool:
+        """Receive once and execute what is whole; whether more is on its way, as far as that can be told."""
+        payload = self.payload
+        if payload is not None:
+            return self._receive_payload(payload)
+        scratch = self.services.scratch_in
+        have = len(self._stash)
+        if have:
+            scratch[:have] = self._stash
+        count = self._sock.recv_into(scratch[have:])
+        self._stash = b""
         if not count:
             self._hang_up(have)
-            return
+            return False
         self._moderate(turn.serve(self, scratch, have + count))
-        if self._reading and (self._stash or self.payload is not None):
-            self._look_again()
+        return self._reading and (bool(self._stash) or self.payload is not None)
 
     def _moderate(self, requests: int) -> None:
         """Let a client that streams small requests gather some more of them, and wait for one that is prompt.
@@ -273,8 +283,8 @@ class NbdClient:
         if self._reading:
             self._readable()
 
-    def _receive_payload(self, payload: Payload) -> None:
-        """Straight into the write's own buffer, without a copy."""
+    def _receive_payload(self, payload: Payload) -> bool:
+        """Straight into the write's own buffer, without a copy; whether it is worth receiving once more."""
         if payload.buffer is None:
             room = min(payload.length - payload.have, len(self.services.scratch_in))
             count = self._sock.recv_into(self.services.scratch_in[:room])
@@ -282,17 +292,14 @@ class NbdClient:
             count = self._sock.recv_into(payload.buffer.view[payload.have : payload.length])
         if not count:
             self._hang_up(1)
-            return
+            return False
         payload.have += count
-        if payload.have < payload.length:
-            self._look_again()
-            return
-        self.payload = None
-        if payload.buffer is None:  # it was refused when it began: there is nothing to answer now
-            self._look_again()
-            return
-        with_whole_payload(self, payload)
-        self.turn_over(memoryview(b""), more=False)
+        if payload.have == payload.length:
+            self.payload = None
+            if payload.buffer is not None:  # else it was refused when it began: there is nothing to answer now
+                with_whole_payload(self, payload)
+                self.turn_over(memoryview(b""), more=False)
+        return self._reading
 
     def turn_over(self, rest: memoryview, *, more: bool) -> None:
         """A turn has ended: `rest` is what it did not get to, `more` says that there are whole requests in it."""

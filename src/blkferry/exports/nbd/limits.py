@@ -46,3 +46,7 @@ FEW = 24
 
 GATHER_SECONDS = 12e-6
 """What a client needs to send two or three requests."""
+
+MAX_RECEIVES = 4
+"""How often one client may receive in a turn while large writes are on their way: the rest of a payload, what follows
+it, and the same once more."""

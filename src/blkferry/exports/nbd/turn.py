@@ -26,6 +26,7 @@ from blkferry.exports.nbd.limits import (
     WRITE_SECONDS,
     ZEROES,
 )
+from blkferry.exports.nbd.places import NOWHERE
 from blkferry.graph import access
 from blkferry.plane.services import MAX_SLOTS, SCRATCH_OUT
 from blkferry.plane.window import REGION_BITS
@@ -87,8 +88,11 @@ def serve(client: NbdClient, data: memoryview, end: int) -> int:
         if pieces is not None:
             piece = pieces.get(offset >> bits)
             if piece is None:
-                piece = places.fill(offset)
-                bits = places.bits
+                if put is not None and head == write_head and length >= SENDFILE_FROM:
+                    piece = NOWHERE  # its driver finds the place as fast, and most such writes allocate
+                else:
+                    piece = places.fill(offset)
+                    bits = places.bits
             lane, delta, piece_end, read_end, write_end = piece
             if lane is not current:
                 if lane is not None:
