@@ -19,6 +19,7 @@ import pytest
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "peers"
 LIBNBD = "python3-libnbd"  # what a test requires when it uses libnbd_script()
+KERNEL = "linux-image"  # what a test requires when it boots a guest (tests/guest)
 
 
 @functools.cache
@@ -43,6 +44,9 @@ def available(program: str) -> bool:
     """Tell whether a program can be run here."""
     if program == LIBNBD:
         command = [*libnbd_python(), "-c", "import nbd"]
+    elif program == KERNEL:
+        prefix = runner()
+        return prefix is not None and any(Path(prefix).with_name("root").glob("boot/vmlinuz-*"))
     elif prefix := runner():
         command = [prefix, "sh", "-c", 'command -v "$0"', program]
     else:
