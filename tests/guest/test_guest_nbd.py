@@ -19,7 +19,10 @@ SIZE = 64 * MIB
 FORMATS = ("raw", "qcow2")
 REATTACH = Path(__file__).with_name("reattach.py")
 
-pytestmark = requires(KERNEL, "qemu-system-x86_64", "nbd-client", "mkfs.ext4", "debugfs", "fio", "qemu-img")
+pytestmark = [
+    requires(KERNEL, "qemu-system-x86_64", "nbd-client", "mkfs.ext4", "debugfs", "fio", "qemu-img"),
+    pytest.mark.timeout(300),  # an emulated machine feels whatever else this one has to do
+]
 
 
 class Disk:
@@ -211,7 +214,7 @@ def test_a_guest_that_writes_does_not_notice_restarts(guest, tmp_path):
             server.end(number)
             time.sleep(1)
             server.start()
-        assert guest.finish(timeout=90).count("attached again") == 4
+        assert guest.finish(timeout=180).count("attached again") == 4
         server.end()
     names = (word for number, disk in enumerate(disks) for word in (f"--name={number}", f"--filename={disk.raw()}"))
     run(*fio.split(), "--verify_only", *names)
