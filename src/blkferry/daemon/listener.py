@@ -84,11 +84,7 @@ async def listen(address: SocketAddress, *, backlog: int = BACKLOG) -> Listener:
         case SocketAddressFd():
             return _listen_inherited(address.fd, backlog)
         case SocketAddressVsock():
-            raise Error(
-                ErrorKind.UNSUPPORTED,
-                f"Listening on vsock {address.cid}:{address.port} is not supported",
-                hint="use an address of type inet or unix",
-            )
+            return _listen_vsock(address, backlog)
     raise Error(ErrorKind.UNSUPPORTED, f"Listening on an address of type '{address.type}' is not supported")
 
 
@@ -103,8 +99,11 @@ def _describe(sock: socket.socket) -> SocketAddress:
         if isinstance(name, bytes):
             name = os.fsdecode(name)
         if name.startswith("\0"):
-            return SocketAddressUnix(path=name[1:], abstract=True)
+            padded = len(os.fsencode(name)) == names.SUN_PATH
+            return SocketAddressUnix(path=name[1:].rstrip("\0"), abstract=True, tight=not padded)
         return SocketAddressUnix(path=name)
+    if sock.family == socket.AF_VSOCK:
+        return SocketAddressVsock(cid=str(name[0]), port=str(name[1]))
     return SocketAddressInet(host=name[0], port=str(name[1]))
 
 
@@ -131,7 +130,7 @@ async def _listen_inet(address: SocketAddressInet, backlog: int) -> Listener:
     protocol = socket.IPPROTO_MPTCP if address.mptcp else socket.IPPROTO_TCP
     for candidate in ports:
         try:
-            return Listener(_bind_all(endpoints, candidate, protocol, backlog))
+            listener = Listener(_bind_all(endpoints, candidate, protocol, backlog))
         except OSError as error:
             if error.errno in (errno.EPROTONOSUPPORT, errno.ENOPROTOOPT) and address.mptcp:
                 raise Error(ErrorKind.UNSUPPORTED, "This host has no multi-path TCP") from error
@@ -139,6 +138,10 @@ async def _listen_inet(address: SocketAddressInet, backlog: int) -> Listener:
                 raise Error.from_oserror(
                     "Failed to bind socket", error, hint=f"asked for {address.host}:{candidate}"
                 ) from error
+        else:
+            for sock in listener.sockets:  # sockets that they accept have it from them
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, address.keep_alive)
+            return listener
     in_use = OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
     if address.to is None:
         raise Error.from_oserror("Failed to bind socket", in_use, hint=f"port {port} is taken")
@@ -230,7 +233,7 @@ def _listen_abstract(address: SocketAddressUnix, backlog: int) -> Listener:
         sock.listen(backlog)
     except OSError as error:
         sock.close()
-        raise Error.from_oserror(f"Failed to bind abstract socket '{address.path}'", error) from error
+        raise Error.from_oserror(f"Failed to bind socket to {address.path}", error) from error
     return Listener((sock,))
 
 
@@ -256,7 +259,7 @@ async def _listen_unix(path: str, backlog: int) -> Listener:
             file.unlink()
         sock.close()
         if isinstance(error, OSError):
-            raise Error.from_oserror(f"Failed to bind socket to '{path}'", error) from error
+            raise Error.from_oserror(f"Failed to bind socket to {path}", error) from error
         raise
     return Listener((sock,), file)
 
@@ -270,7 +273,7 @@ async def _remove_dead(name: bytes, path: str) -> None:
     if not stat.S_ISSOCK(found.st_mode):
         raise Error(
             ErrorKind.EXISTS,
-            f"Failed to bind socket to '{path}': it exists and is not a socket",
+            f"Failed to bind socket to {path}: it exists and is not a socket",
             hint="choose another path, or remove what is there",
         )
     if _is_dead(name):
@@ -280,7 +283,7 @@ async def _remove_dead(name: bytes, path: str) -> None:
             return
     raise Error(
         ErrorKind.BUSY,
-        f"Failed to bind socket to '{path}': another process listens there",
+        f"Failed to bind socket to {path}: another process listens there",
         hint="choose another path, or stop that process",
     )
 
@@ -292,6 +295,26 @@ def _is_dead(name: bytes) -> bool:
 
 def _identity(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
+
+
+# -- vsock ---------------------------------------------------------------------------------------------------
+
+
+def _listen_vsock(address: SocketAddressVsock, backlog: int) -> Listener:
+    where = names.vsock_numbers(address)
+    try:
+        sock = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+    except OSError as error:
+        raise Error.from_oserror("Failed to create socket", error, hint="this kernel has no vsock") from error
+    try:
+        sock.setblocking(False)
+        sock.bind(where)
+        sock.listen(backlog)
+    except OSError as error:
+        sock.close()
+        hint = f"asked for {address.cid}:{address.port}; the cid {names.MAX_UINT32} stands for whichever is ours"
+        raise Error.from_oserror("Failed to bind socket", error, hint=hint) from error
+    return Listener((sock,))
 
 
 # -- inherited -----------------------------------------------------------------------------------------------
