@@ -21,15 +21,21 @@ from blkferry.errors import Error, ErrorKind
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+MAX_NAMED = 64  # of one client: far more than anybody needs, far less than a process may have
+
 
 class Descriptors:
-    """Descriptors with names, several of which may have one name; behind them those of `parent`."""
+    """Descriptors with names, several of which may have one name; behind them those of `parent`.
+
+    Those that arrive have no name until `name_arrived`; the next ones to arrive replace them.
+    """
 
     def __init__(self, parent: Descriptors | None = None, *, numbers: bool = True) -> None:
         """`numbers`: whether a number may stand for a descriptor, too."""
         self.numbers = numbers
         self._parent = parent
         self._names: dict[int, str] = {}
+        self._arrived: list[int] = []
 
     @property
     def names(self) -> list[str]:
@@ -60,8 +66,33 @@ class Descriptors:
             os.close(fd)
         return bool(found)
 
+    def arrive(self, fds: list[int]) -> None:
+        """Keep descriptors that came with a message for the command in it."""
+        if fds:
+            self._close_arrived()
+            self._arrived = fds
+
+    def name_arrived(self, name: str) -> None:
+        """Call the first that arrived so, instead of what has that name. Raises Error when none did, or of too many."""
+        if not self._arrived:
+            raise Error(
+                ErrorKind.INVALID_ARGUMENT,
+                "No file descriptor supplied via SCM_RIGHTS",
+                hint="It comes with the message of this command, over a unix socket.",
+            )
+        self.drop(name)
+        if len(self._names) >= MAX_NAMED:
+            raise Error(ErrorKind.BUSY, f"There are {MAX_NAMED} file descriptors already", hint="closefd closes one.")
+        self.add(name, self._arrived.pop(0))
+
+    def _close_arrived(self) -> None:
+        for fd in self._arrived:
+            os.close(fd)
+        self._arrived = []
+
     def close(self) -> None:
         """Close those that nobody took."""
+        self._close_arrived()
         for name in list(self._names.values()):
             self.drop(name)
 
