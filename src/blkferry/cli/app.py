@@ -76,6 +76,11 @@ app.add_command(image)
     help="Listen on this TCP port; 0 is any free one.  [default: 10809]",
 )
 @click.option(
+    "--fd",
+    metavar="NAME",
+    help="Listen on a socket that is there already: its number, or its name in systemd.  [default: systemd's only one]",
+)
+@click.option(
     "-f",
     "--format",
     "image_format",
@@ -111,6 +116,7 @@ def serve(
     socket: str | None,
     host: str | None,
     port: int | None,
+    fd: str | None,
     *,
     writable: bool,
     image_format: str | None,
@@ -139,6 +145,8 @@ def serve(
     """  # noqa: D301
     if socket is not None and (host is not None or port is not None):
         raise click.UsageError("--socket is instead of --host and --port; give either.")
+    if fd is not None and (socket, host, port) != (None, None, None):
+        raise click.UsageError("--fd is instead of --socket, --host and --port; give either.")
     if names and len(names) != len(images):
         raise click.UsageError(f"--name is given {len(names)} times for {len(images)} images; give it once for each.")
     from blkferry.cli.serve import Request, Speech, serve_images
@@ -154,8 +162,9 @@ def serve(
         discard=discard,
         description=description,
         socket=socket,
-        host="127.0.0.1" if host is None else host,
+        host=host,
         port=port,
+        fd=fd,
         max_connections=max_connections,
         qmp=qmp,
         objects=objects,

@@ -36,6 +36,8 @@ class Offer:
 
     def clients(self) -> Iterator[tuple[str, str]]:
         """What one might do with it: a word for it, and the command line."""
+        if not self.uris:
+            return
         uri = shlex.quote(self.uris[0])
         drive = f"file={self.uris[0]},format=raw,if=virtio" + ("" if self.writable else ",readonly=on")
         yield "copy", f"nbdcopy {uri} copy.img"

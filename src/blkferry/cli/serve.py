@@ -11,6 +11,7 @@ import shlex
 import socket
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from blkferry.cli.ready import Offer, announce, write_json, write_uris
@@ -26,12 +27,14 @@ from blkferry.schema.control import MonitorOptions
 from blkferry.schema.export import BlockExportOptionsNbd
 from blkferry.schema.keyval import Help, parse_option
 from blkferry.schema.qom import ObjectOptions
-from blkferry.schema.sockets import SocketAddress, SocketAddressInet, SocketAddressUnix
+from blkferry.schema.sockets import SocketAddress, SocketAddressFd, SocketAddressInet, SocketAddressUnix
+from blkferry.sockets import descriptors
 from blkferry.wire.nbd.uri import DEFAULT_PORT
 
 QMP = "qmp"
+DEFAULT_HOST = "127.0.0.1"
 _EVERYWHERE = frozenset({"", "::", "0.0.0.0"})
-_HERE = ("127.", "::1", "localhost")
+_HERE = ("127.", "::1")
 
 
 class Speech(enum.Enum):
@@ -44,7 +47,9 @@ class Speech(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What was asked for. `port` is None for the registered one; `names` is empty or has one per image."""
+    """What was asked for. Without `socket`, `fd`, `host` and `port` it is up to whoever starts us (see `address`);
+    `names` is empty or has one per image.
+    """
 
     images: tuple[str, ...]
     names: tuple[str, ...]
@@ -54,16 +59,29 @@ class Request:
     discard: bool
     description: str | None
     socket: str | None
-    host: str
+    host: str | None
     port: int | None
     max_connections: int
     qmp: str | None
     objects: tuple[str, ...] = ()
+    fd: str | None = None
 
-    def address(self) -> SocketAddress:
+    def address(self, passed: Sequence[str] = ()) -> SocketAddress:
+        """Where to listen; `passed` are the names of sockets that we were started with. Raises Error."""
         if self.socket is not None:
             return SocketAddressUnix(path=self.socket)
-        return SocketAddressInet(host=self.host, port=str(DEFAULT_PORT if self.port is None else self.port))
+        if self.fd is not None:
+            return SocketAddressFd(fd=self.fd)
+        if passed and self.host is None and self.port is None:
+            if len(passed) > 1:
+                raise Error(
+                    ErrorKind.INVALID_ARGUMENT,
+                    f"There are sockets of {len(passed)} names to listen on",
+                    hint=f"Choose with --fd: {', '.join(passed)}.",
+                )
+            return SocketAddressFd(fd=passed[0])
+        host = DEFAULT_HOST if self.host is None else self.host
+        return SocketAddressInet(host=host, port=str(DEFAULT_PORT if self.port is None else self.port))
 
 
 def serve_images(request: Request, speech: Speech) -> None:
@@ -83,7 +101,7 @@ def serve_images(request: Request, speech: Speech) -> None:
                 write_uris(offers)
             case Speech.PROSE:
                 announce(offers)
-                _caution(request)
+                _caution(request, offers)
 
     talkative = speech is Speech.PROSE and sys.stderr.isatty()
 
@@ -159,7 +177,8 @@ async def _open(daemon: Daemon, request: Request, number: int, image: str) -> st
 
 
 async def _listen(daemon: Daemon, request: Request) -> Listener:
-    address = request.address()
+    passed = descriptors.current()
+    address = request.address(passed.names if passed is not None else ())
     try:
         return await daemon.start_nbd_server(address, max_connections=request.max_connections)
     except Error as error:
@@ -191,8 +210,9 @@ def _as_clients_see(address: SocketAddress) -> SocketAddress:
     return address
 
 
-def _caution(request: Request) -> None:
-    if request.socket is None and not request.host.startswith(_HERE):
+def _caution(request: Request, offers: Sequence[Offer]) -> None:
+    exposed = {address.host for address in offers[0].addresses if isinstance(address, SocketAddressInet)}
+    if not all(host.startswith(_HERE) for host in exposed):
         may = "read and write" if request.writable else "read"
         _warn(f"anybody who reaches this port may {may} these images: nothing is encrypted or asks for a password")
 

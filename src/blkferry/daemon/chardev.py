@@ -15,19 +15,28 @@ import asyncio
 import logging
 import os
 import socket
+import struct
 import sys
 from typing import TYPE_CHECKING
 
 from blkferry.daemon.listener import Listener, listen
 from blkferry.errors import Error, ErrorKind
 from blkferry.schema.char import ChardevBackend, ChardevNull, ChardevSocket, ChardevStdio
-from blkferry.schema.sockets import SocketAddress, SocketAddressInet, SocketAddressUnix
+from blkferry.schema.sockets import (
+    SocketAddress,
+    SocketAddressFd,
+    SocketAddressInet,
+    SocketAddressUnix,
+    SocketAddressVsock,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 READ_AHEAD = 64 << 10  # bytes kept for a busy reader; beyond that the kernel keeps them and the peer waits
 CHUNK = 64 << 10
+MAX_FDS = 16  # descriptors with one message; QEMU's limit, too
+INT = struct.Struct("i")
 ACCEPT_PAUSE_S = 1.0  # after "too many open files" and its like, which no retry cures at once
 STDIN, STDOUT = 0, 1
 
@@ -35,14 +44,20 @@ _log = logging.getLogger(__name__)
 
 
 class Channel:
-    """A byte stream to and from one client.
+    """A byte stream to and from one client, and descriptors that come with bytes of a unix socket (SCM_RIGHTS).
 
-    Reading is bounded by READ_AHEAD. Writing never waits and is not bounded here: who sends looks at
-    `unsent`, or awaits `drained`. Once the peer is lost, what is sent goes nowhere.
+    Reading is bounded by READ_AHEAD, and stops at descriptors that are not taken. Writing never waits and is
+    not bounded here: who sends looks at `unsent`, or awaits `drained`. Once the peer is lost, what is sent goes
+    nowhere.
     """
 
-    def __init__(self, reader: int, writer: int, release: Callable[[], None]) -> None:
-        """Take over two non-blocking descriptors (or one twice); `release` is called once, to close them."""
+    def __init__(
+        self, reader: int, writer: int, release: Callable[[], None], passing: socket.socket | None = None
+    ) -> None:
+        """Take over two non-blocking descriptors (or one twice); `release` is called once, to close them.
+
+        `passing` is the unix socket that both are, if descriptors are to be received.
+        """
         self.ended = asyncio.Event()
         """The peer sends nothing more. It may still read: `printf ... | nc -N` does."""
         self.lost = False
@@ -51,6 +66,8 @@ class Channel:
         self._writer = writer
         self._release: Callable[[], None] | None = release
         self._inbox = bytearray()
+        self._passing = passing
+        self._passed: list[int] = []
         self._outbox = bytearray()
         self._arrived = asyncio.Event()
         self._emptied = asyncio.Event()
@@ -74,6 +91,12 @@ class Channel:
         self._watch_reader()
         return data
 
+    def take_descriptors(self) -> list[int]:
+        """Return those that came with what `receive` has just returned; they are the caller's to close."""
+        taken, self._passed = self._passed, []
+        self._watch_reader()
+        return taken
+
     def send(self, data: bytes) -> None:
         if not self.lost:
             self._outbox += data
@@ -89,12 +112,14 @@ class Channel:
     def close(self) -> None:
         """Drop the peer, and what it has not yet taken."""
         self._lose()
+        for fd in self.take_descriptors():
+            os.close(fd)
         if self._release:
             release, self._release = self._release, None
             release()
 
     def _watch_reader(self) -> None:
-        if self._reading or self.ended.is_set():
+        if self._reading or self._passed or self.ended.is_set():
             return
         self._reading = True
         try:
@@ -112,7 +137,7 @@ class Channel:
         if self.ended.is_set():
             return
         try:
-            data = os.read(self._reader, CHUNK)
+            data = os.read(self._reader, CHUNK) if self._passing is None else self._receive(self._passing)
         except BlockingIOError:
             return
         except OSError:
@@ -126,6 +151,16 @@ class Channel:
         self._unwatch_reader()
         if len(self._inbox) < READ_AHEAD:
             self._watch_reader()  # anew: see plane.loops.ended_unseen
+
+    def _receive(self, sock: socket.socket) -> bytes:
+        """Read bytes and what comes with them: the kernel ends a read there, and closes what MAX_FDS leaves out."""
+        room = socket.CMSG_SPACE(MAX_FDS * INT.size)
+        data, messages, _, _ = sock.recvmsg(CHUNK, room, socket.MSG_CMSG_CLOEXEC)
+        for level, kind, content in messages:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                whole = len(content) - len(content) % INT.size
+                self._passed += (fd for (fd,) in INT.iter_unpack(content[:whole]))
+        return data
 
     def _flush(self) -> None:
         try:
@@ -237,7 +272,8 @@ class SocketChardev(Chardev):
                 await asyncio.sleep(ACCEPT_PAUSE_S)
             else:
                 peer.setblocking(False)
-                self._channel = Channel(peer.fileno(), peer.fileno(), peer.close)
+                passing = peer if peer.family == socket.AF_UNIX else None
+                self._channel = Channel(peer.fileno(), peer.fileno(), peer.close, passing)
                 return self._channel
 
 
@@ -309,12 +345,16 @@ def _spell(address: SocketAddress) -> str:
         case SocketAddressInet():
             host = f"[{address.host}]" if ":" in address.host else address.host
             return f"tcp:{host}:{address.port}"
+        case SocketAddressVsock():
+            return f"vsock:{address.cid}:{address.port}"
+        case SocketAddressFd():
+            return f"fd:{address.fd}"
     return address.type
 
 
 def _accept(sock: socket.socket) -> socket.socket:
     peer, _ = sock.accept()
-    if peer.family != socket.AF_UNIX:
+    if peer.family in (socket.AF_INET, socket.AF_INET6):
         try:
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             # A client whose machine vanished would keep all others waiting for ever.

@@ -28,13 +28,12 @@ from blkferry.schema.sockets import (
     SocketAddressUnix,
     SocketAddressVsock,
 )
+from blkferry.sockets import descriptors, names
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 BACKLOG = 128
-MAX_PORT = 65535
-SUN_PATH = 108  # sizeof(sockaddr_un.sun_path), of which a path needs one byte for its NUL
 PROBE_PAUSE_S = 0.02  # between bind and listen a live socket refuses, too: one that refuses twice is dead
 EPHEMERAL_ATTEMPTS = 32  # a port the kernel picks for one family may be taken in the other
 _ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # this host lacks the family or the address
@@ -85,11 +84,7 @@ async def listen(address: SocketAddress, *, backlog: int = BACKLOG) -> Listener:
         case SocketAddressFd():
             return _listen_inherited(address.fd, backlog)
         case SocketAddressVsock():
-            raise Error(
-                ErrorKind.UNSUPPORTED,
-                f"Listening on vsock {address.cid}:{address.port} is not supported",
-                hint="use an address of type inet or unix",
-            )
+            return _listen_vsock(address, backlog)
     raise Error(ErrorKind.UNSUPPORTED, f"Listening on an address of type '{address.type}' is not supported")
 
 
@@ -104,8 +99,11 @@ def _describe(sock: socket.socket) -> SocketAddress:
         if isinstance(name, bytes):
             name = os.fsdecode(name)
         if name.startswith("\0"):
-            return SocketAddressUnix(path=name[1:], abstract=True)
+            padded = len(os.fsencode(name)) == names.SUN_PATH
+            return SocketAddressUnix(path=name[1:].rstrip("\0"), abstract=True, tight=not padded)
         return SocketAddressUnix(path=name)
+    if sock.family == socket.AF_VSOCK:
+        return SocketAddressVsock(cid=str(name[0]), port=str(name[1]))
     return SocketAddressInet(host=name[0], port=str(name[1]))
 
 
@@ -126,14 +124,13 @@ class _Endpoint:
 
 
 async def _listen_inet(address: SocketAddressInet, backlog: int) -> Listener:
-    family = _family(address)
-    numeric_port = _port_number(address.port)
-    endpoints, port = await asyncio.to_thread(_resolve, address, family, numeric_port)
+    found = await asyncio.to_thread(names.look_up, address, passive=True)
+    endpoints, port = _endpoints(address, found), found[0][4][1]
     ports = _candidates(address, port)
     protocol = socket.IPPROTO_MPTCP if address.mptcp else socket.IPPROTO_TCP
     for candidate in ports:
         try:
-            return Listener(_bind_all(endpoints, candidate, protocol, backlog))
+            listener = Listener(_bind_all(endpoints, candidate, protocol, backlog))
         except OSError as error:
             if error.errno in (errno.EPROTONOSUPPORT, errno.ENOPROTOOPT) and address.mptcp:
                 raise Error(ErrorKind.UNSUPPORTED, "This host has no multi-path TCP") from error
@@ -141,6 +138,10 @@ async def _listen_inet(address: SocketAddressInet, backlog: int) -> Listener:
                 raise Error.from_oserror(
                     "Failed to bind socket", error, hint=f"asked for {address.host}:{candidate}"
                 ) from error
+        else:
+            for sock in listener.sockets:  # sockets that they accept have it from them
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, address.keep_alive)
+            return listener
     in_use = OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
     if address.to is None:
         raise Error.from_oserror("Failed to bind socket", in_use, hint=f"port {port} is taken")
@@ -149,73 +150,31 @@ async def _listen_inet(address: SocketAddressInet, backlog: int) -> Listener:
     )
 
 
-def _family(address: SocketAddressInet) -> socket.AddressFamily:
-    if address.ipv4 is False and address.ipv6 is False:
-        raise Error(ErrorKind.INVALID_ARGUMENT, "Cannot disable IPv4 and IPv6 at same time")
-    if address.ipv4 and address.ipv6:
-        return socket.AF_UNSPEC
-    if address.ipv6 or address.ipv4 is False:
-        return socket.AF_INET6
-    if address.ipv4 or address.ipv6 is False:
-        return socket.AF_INET
-    return socket.AF_UNSPEC
-
-
-def _port_number(port: str) -> int | None:
-    """Return the number that `port` is, or None for a service name."""
-    if not port:
-        return 0
-    digits = port.removeprefix("-")
-    if not (digits.isascii() and digits.isdigit()):
-        return None
-    # The length is checked first: Python refuses to convert absurdly long numbers in its own words.
-    significant = port.lstrip("0") or "0"
-    if len(significant) > len(str(MAX_PORT)) or not 0 <= int(significant) <= MAX_PORT:
-        raise Error(ErrorKind.INVALID_ARGUMENT, f"Port '{port[:20]}' is not between 0 and {MAX_PORT}")
-    return int(significant)
-
-
-def _resolve(address: SocketAddressInet, family: socket.AddressFamily, port: int | None) -> tuple[list[_Endpoint], int]:
-    """Look up host and service name. Blocks."""
-    flags = socket.AI_PASSIVE
-    if address.numeric:
-        flags |= socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
-    service = address.port if port is None else str(port)
-    try:
-        found = socket.getaddrinfo(address.host or None, service, family, socket.SOCK_STREAM, 0, flags)
-    except OSError as error:
-        reason = error.strerror
-    except ValueError:  # the name cannot even be encoded
-        reason = "not a valid host name"
-    else:
-        # An explicit "both" of all interfaces is one dual-stack socket, otherwise each family has its own.
-        dual = address.ipv4 and address.ipv6 and not address.host
-        has_v4 = any(info[0] == socket.AF_INET for info in found)
-        endpoints: dict[_Endpoint, None] = {}
-        for found_family, _, _, _, where in found:
-            if found_family == socket.AF_INET6:
-                v6only = family == socket.AF_INET6 or (has_v4 and not dual)
-                endpoint = _Endpoint(found_family, (str(where[0]), *where[2:]), v6only)
-            elif found_family == socket.AF_INET:
-                endpoint = _Endpoint(found_family, (str(where[0]), 0, 0), v6only=False)
-            else:
-                continue
-            if not (dual and found_family == socket.AF_INET):
-                endpoints[endpoint] = None  # a dict, since names may resolve to the same address twice
-        if endpoints:
-            return list(endpoints), int(found[0][4][1])
-        reason = "no address of a usable family"
-    raise Error(ErrorKind.NOT_FOUND, f"address resolution failed for {address.host}:{address.port}: {reason}")
+def _endpoints(address: SocketAddressInet, found: Sequence[names.Found]) -> list[_Endpoint]:
+    # An explicit "both" of all interfaces is one dual-stack socket, otherwise each family has its own.
+    dual = address.ipv4 and address.ipv6 and not address.host
+    only_v6 = names.family(address) == socket.AF_INET6
+    has_v4 = any(info[0] == socket.AF_INET for info in found)
+    endpoints: dict[_Endpoint, None] = {}
+    for family, _, _, _, where in found:
+        if family == socket.AF_INET6:
+            v6only = only_v6 or (has_v4 and not dual)
+            endpoint = _Endpoint(family, (str(where[0]), *where[2:]), v6only)
+        else:
+            endpoint = _Endpoint(family, (where[0], 0, 0), v6only=False)
+        if not (dual and family == socket.AF_INET):
+            endpoints[endpoint] = None  # a dict, since names may resolve to the same address twice
+    return list(endpoints)
 
 
 def _candidates(address: SocketAddressInet, port: int) -> Sequence[int]:
     if address.to is None or port == 0:
         return (0,) * EPHEMERAL_ATTEMPTS if port == 0 else (port,)
-    if not port <= address.to <= MAX_PORT:
+    if not port <= address.to <= names.MAX_PORT:
         raise Error(
             ErrorKind.INVALID_ARGUMENT,
             f"Port range {port} to {address.to} is empty",
-            hint=f"'to' is the last port to try, from {port} to {MAX_PORT}",
+            hint=f"'to' is the last port to try, from {port} to {names.MAX_PORT}",
         )
     return range(port, address.to + 1)
 
@@ -266,42 +225,22 @@ def _unix_socket() -> socket.socket:
     return sock
 
 
-def _encode(path: str, room: int) -> bytes:
-    try:
-        name = os.fsencode(path)
-    except UnicodeEncodeError:
-        raise Error(ErrorKind.INVALID_ARGUMENT, f"UNIX socket path {path!r} is not valid text") from None
-    if len(name) > room:
-        raise Error(
-            ErrorKind.INVALID_ARGUMENT,
-            f"UNIX socket path '{path}' is too long",
-            hint=f"it has {len(name)} bytes, the limit is {room}",
-        )
-    return name
-
-
 def _listen_abstract(address: SocketAddressUnix, backlog: int) -> Listener:
-    name = _encode(address.path, SUN_PATH - 1)
-    if name:
-        name = b"\0" + name
-        if not address.tight:
-            name = name.ljust(SUN_PATH, b"\0")
+    name = names.abstract_name(address)
     sock = _unix_socket()
     try:
         sock.bind(name)  # an empty name lets the kernel choose one
         sock.listen(backlog)
     except OSError as error:
         sock.close()
-        raise Error.from_oserror(f"Failed to bind abstract socket '{address.path}'", error) from error
+        raise Error.from_oserror(f"Failed to bind socket to {address.path}", error) from error
     return Listener((sock,))
 
 
 async def _listen_unix(path: str, backlog: int) -> Listener:
     if not path:
         path = os.path.join(tempfile.gettempdir(), f"blkferry-socket-{secrets.token_hex(8)}")
-    name = _encode(path, SUN_PATH - 1)
-    if b"\0" in name:
-        raise Error(ErrorKind.INVALID_ARGUMENT, f"UNIX socket path {path!r} contains a NUL byte")
+    name = names.unix_path(path)
     absolute = os.path.abspath(name)
     sock = _unix_socket()
     file = None
@@ -320,7 +259,7 @@ async def _listen_unix(path: str, backlog: int) -> Listener:
             file.unlink()
         sock.close()
         if isinstance(error, OSError):
-            raise Error.from_oserror(f"Failed to bind socket to '{path}'", error) from error
+            raise Error.from_oserror(f"Failed to bind socket to {path}", error) from error
         raise
     return Listener((sock,), file)
 
@@ -334,7 +273,7 @@ async def _remove_dead(name: bytes, path: str) -> None:
     if not stat.S_ISSOCK(found.st_mode):
         raise Error(
             ErrorKind.EXISTS,
-            f"Failed to bind socket to '{path}': it exists and is not a socket",
+            f"Failed to bind socket to {path}: it exists and is not a socket",
             hint="choose another path, or remove what is there",
         )
     if _is_dead(name):
@@ -344,7 +283,7 @@ async def _remove_dead(name: bytes, path: str) -> None:
             return
     raise Error(
         ErrorKind.BUSY,
-        f"Failed to bind socket to '{path}': another process listens there",
+        f"Failed to bind socket to {path}: another process listens there",
         hint="choose another path, or stop that process",
     )
 
@@ -358,34 +297,34 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
+# -- vsock ---------------------------------------------------------------------------------------------------
+
+
+def _listen_vsock(address: SocketAddressVsock, backlog: int) -> Listener:
+    where = names.vsock_numbers(address)
+    try:
+        sock = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+    except OSError as error:
+        raise Error.from_oserror("Failed to create socket", error, hint="this kernel has no vsock") from error
+    try:
+        sock.setblocking(False)
+        sock.bind(where)
+        sock.listen(backlog)
+    except OSError as error:
+        sock.close()
+        hint = f"asked for {address.cid}:{address.port}; the cid {names.MAX_UINT32} stands for whichever is ours"
+        raise Error.from_oserror("Failed to bind socket", error, hint=hint) from error
+    return Listener((sock,))
+
+
 # -- inherited -----------------------------------------------------------------------------------------------
 
 
-def _listen_inherited(number: str, backlog: int) -> Listener:
-    if not (number.isascii() and number.isdigit() and len(number) <= 9):
-        raise Error(
-            ErrorKind.INVALID_ARGUMENT,
-            f"Unable to parse FD number {number[:20]}",
-            hint="'str' is the decimal number of an inherited descriptor",
-        )
-    descriptor = int(number)
-    try:
-        is_socket = stat.S_ISSOCK(os.fstat(descriptor).st_mode)
-    except OSError:
-        is_socket = False
-    if not is_socket:
-        raise Error(ErrorKind.INVALID_ARGUMENT, f"File descriptor '{number}' is not a socket")
-    sock = socket.socket(fileno=descriptor)
-    try:
-        if sock.type != socket.SOCK_STREAM:
-            raise Error(ErrorKind.INVALID_ARGUMENT, f"File descriptor '{number}' is not a stream socket")
-        sock.listen(backlog)
-        sock.setblocking(False)
-        os.set_inheritable(descriptor, False)
-    except OSError as error:
-        sock.detach()  # it is not ours to close
-        raise Error.from_oserror(f"Failed to listen on file descriptor '{number}'", error) from error
-    except Error:
-        sock.detach()
-        raise
-    return Listener((sock,))
+def _listen_inherited(text: str, backlog: int) -> Listener:
+    def check(sock: socket.socket) -> None:
+        try:
+            sock.listen(backlog)
+        except OSError as error:
+            raise Error.from_oserror(f"Failed to listen on file descriptor '{text}'", error) from error
+
+    return Listener(tuple(descriptors.take(text, check)))

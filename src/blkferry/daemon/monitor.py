@@ -11,6 +11,9 @@ How a client is kept from holding up the daemon:
 - A client that goes away while its command runs: the command completes, the reply is dropped, and the next
   client is welcome at once. One that only closes its sending side gets its replies first.
 
+Descriptors that a client passes (SCM_RIGHTS) are its own: its commands find them by name, and those that none took
+are closed when it goes away.
+
 Invariants: one client at a time talks; the commands of one client run in their order, one by one; an event
 emitted during a command is sent before the command's reply.
 """
@@ -23,6 +26,8 @@ import time
 from typing import TYPE_CHECKING, Protocol
 
 from blkferry.errors import Error, ErrorKind
+from blkferry.sockets import descriptors
+from blkferry.sockets.descriptors import Descriptors
 from blkferry.wire.qmp.session import Answered, CommandReceived, Mode, Session
 
 if TYPE_CHECKING:
@@ -136,10 +141,13 @@ class _Conversation:
 
     async def run(self) -> None:
         channel = self._channel
+        passed = Descriptors(descriptors.current(), numbers=False)
+        descriptors.use(passed)
         unsubscribe = self._commands.subscribe(self._on_event)
         try:
             channel.send(self._session.greeting(self._commands.version, self._commands.package))
             while data := await channel.receive():
+                passed.arrive(channel.take_descriptors())
                 self._session.receive(data)
                 while event := self._session.next_event():
                     channel.send(await self._answer(event))
@@ -155,6 +163,7 @@ class _Conversation:
             finally:
                 unsubscribe()
                 channel.close()
+                passed.close()
 
     async def _answer(self, event: CommandReceived | Answered) -> bytes:
         if isinstance(event, Answered):

@@ -21,6 +21,8 @@ from typing import NoReturn
 from blkferry.daemon.daemon import Daemon
 from blkferry.errors import Error
 from blkferry.plane.loops import new_event_loop
+from blkferry.sockets import descriptors
+from blkferry.sockets.activation import take_activation
 
 BACKGROUND_UMASK = 0o027
 """What QEMU sets in the background: others may not connect to sockets made there."""
@@ -51,6 +53,7 @@ async def _live(
     fill: Callable[[Daemon], Awaitable[None]], pidfile: str | None, on_ready: Notice | None, on_end: Notice | None
 ) -> bool:
     """The daemon's life; False when it ended before everything was up."""
+    descriptors.use(take_activation(os.environ))
     daemon = Daemon()
     handled = _end_on_signals(daemon)
     file: PidFile | None = None

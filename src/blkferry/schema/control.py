@@ -56,10 +56,24 @@ class MonitorOptions(Struct):
     pretty: Annotated[bool, Doc("indent what is sent", since="5.0")] = False
 
 
+class Getfd(Struct):
+    """Arguments of getfd."""
+
+    fdname: Annotated[str, Doc("its name from now on, which does not begin with a digit")]
+
+
+class Closefd(Struct):
+    """Arguments of closefd."""
+
+    fdname: Annotated[str, Doc("the name that getfd gave it")]
+
+
 COMMANDS = (
     Command("qmp_capabilities", "End negotiation.", QmpCapabilities, since="0.13"),
     Command("query-version", "Say which version is spoken.", returns=VersionInfo, since="0.14"),
     Command("query-commands", "List the commands.", returns=list[CommandInfo], since="0.14"),
     Command("query-qmp-schema", "Describe commands and events.", returns=list[SchemaInfo], since="2.5"),
+    Command("getfd", "Name the file descriptor that came with this message.", Getfd, since="0.14"),
+    Command("closefd", "Close a file descriptor that was passed with getfd.", Closefd, since="0.14"),
     Command("quit", "End the daemon.", since="0.14"),
 )

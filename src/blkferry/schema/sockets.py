@@ -28,7 +28,7 @@ class SocketAddressInet(SocketAddress):
     to: Annotated[Uint16 | None, Doc("try the ports up to this one")] = None
     ipv4: Annotated[bool | None, Doc("use IPv4 addresses (default: both families)")] = None
     ipv6: Annotated[bool | None, Doc("use IPv6 addresses (default: both families)")] = None
-    keep_alive: Annotated[bool, Doc("send keep-alive packets when connecting", since="4.2")] = False
+    keep_alive: Annotated[bool, Doc("send keep-alive packets", since="4.2")] = False
     mptcp: Annotated[bool, Doc("use multi-path TCP", since="6.1")] = False
 
 
@@ -44,10 +44,10 @@ class SocketAddressUnix(SocketAddress):
 
 @branch
 class SocketAddressVsock(SocketAddress):
-    """A port of a virtual machine's socket family."""
+    """A port between host and guests."""
 
     type: Literal["vsock"] = "vsock"
-    cid: Annotated[str, Doc("context id, a decimal number")]
+    cid: Annotated[str, Doc("context id, a decimal number: 2 is the host, 4294967295 whichever is ours")]
     port: Annotated[str, Doc("port, a decimal number")]
 
 

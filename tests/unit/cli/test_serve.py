@@ -10,7 +10,7 @@ from blkferry.cli.app import app
 from blkferry.cli.ready import Offer
 from blkferry.cli.serve import default_names
 from blkferry.errors import Error, ErrorKind
-from blkferry.schema.sockets import SocketAddressInet, SocketAddressUnix
+from blkferry.schema.sockets import SocketAddressFd, SocketAddressInet, SocketAddressUnix
 
 
 def invoke(*argv):
@@ -53,6 +53,7 @@ def test_version():
         (["serve", "a", "-s", "s", "--host", ""], "--socket is instead of --host and --port"),
         (["serve", "a", "-p", "65536"], "65536 is not in the range"),
         (["serve", "a", "--max-connections", "-1"], "-1 is not in the range"),
+        (["serve", "a", "--fd", "3", "--port", "1"], "--fd is instead of"),
     ],
 )
 def test_wrong_use(argv, text, asked):
@@ -68,6 +69,29 @@ def test_defaults(asked):
     assert speech is serving.Speech.PROSE
     assert request.address() == SocketAddressInet(host="127.0.0.1", port="10809")
     assert (request.writable, request.discard, request.direct, request.image_format) == (False, True, False, None)
+
+
+@pytest.mark.parametrize(
+    ("argv", "passed", "address"),
+    [
+        ("", ["a"], SocketAddressFd(fd="a")),
+        ("--fd 3", [], SocketAddressFd(fd="3")),
+        ("--fd b", ["a", "b"], SocketAddressFd(fd="b")),
+        ("--port 1", ["a"], SocketAddressInet(host="127.0.0.1", port="1")),
+        ("--host ::1", ["a", "b"], SocketAddressInet(host="::1", port="10809")),
+        ("--socket s", ["a"], SocketAddressUnix(path="s")),
+    ],
+)
+def test_sockets_that_were_passed_are_the_default(asked, argv, passed, address):
+    assert invoke("serve", *argv.split(), "a.img").exit_code == 0
+    assert asked[0][0].address(passed) == address
+
+
+def test_sockets_of_several_names_are_not_guessed_at(asked):
+    assert invoke("serve", "a.img").exit_code == 0
+    with pytest.raises(Error, match="There are sockets of 2 names to listen on") as caught:
+        asked[0][0].address(["a", "b"])
+    assert caught.value.hint == "Choose with --fd: a, b."
 
 
 def test_options_arrive(asked):

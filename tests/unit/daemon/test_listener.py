@@ -139,7 +139,7 @@ async def test_what_is_not_a_socket_stays(tmp_path, what):
     before = path.lstat()
     error = await refusal(SocketAddressUnix(path=str(path)))
     assert error.kind is ErrorKind.EXISTS
-    assert error.message == f"Failed to bind socket to '{path}': it exists and is not a socket"
+    assert error.message == f"Failed to bind socket to {path}: it exists and is not a socket"
     assert path.lstat().st_ino == before.st_ino
 
 
@@ -162,6 +162,23 @@ async def test_unix_paths_that_cannot_be(tmp_path):
     error = await refusal(SocketAddressUnix(path=str(tmp_path / "no" / "s")))
     assert error.kind is ErrorKind.NOT_FOUND
     assert error.message.endswith("No such file or directory")
+
+
+async def test_a_directory_of_somebody_else(sockets):
+    sockets.chmod(0o755)
+    directory = sockets / "d"
+    directory.mkdir()
+    directory.chmod(0o555)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        error = await refusal(SocketAddressUnix(path=str(directory / "s")))
+    finally:
+        if root:
+            os.seteuid(0)
+    assert error.kind is ErrorKind.DENIED
+    assert error.message == f"Failed to bind socket to {directory}/s: Permission denied"
 
 
 async def test_107_bytes_of_path_are_enough(tmp_path, monkeypatch):
@@ -190,6 +207,7 @@ async def test_abstract_names():
     assert tight.sockets[0].getsockname() == b"\0" + name.encode()
     assert padded.sockets[0].getsockname() == (b"\0" + name.encode()).ljust(108, b"\0")
     assert tight.addresses == [SocketAddressUnix(path=name, abstract=True)]
+    assert padded.addresses == [SocketAddressUnix(path=name, abstract=True, tight=False)]
     assert (await refusal(SocketAddressUnix(path=name, abstract=True))).kind is ErrorKind.BUSY
     assert "too long" in (await refusal(SocketAddressUnix(path="x" * 108, abstract=True))).message
     chosen = await listen(SocketAddressUnix(path="", abstract=True))
@@ -212,6 +230,19 @@ async def test_port_0_is_reported():
     listener.close()
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", int(address.port)))
+
+
+@pytest.mark.parametrize("mptcp", [True, False])
+@pytest.mark.parametrize("keep_alive", [True, False])
+async def test_accepted_sockets_keep_alive(keep_alive, mptcp):
+    listener = await listen(inet(keep_alive=keep_alive, mptcp=mptcp))
+    (sock,) = listener.sockets
+    with socket.create_connection(sock.getsockname()):
+        sock.setblocking(True)
+        peer, _ = sock.accept()
+        with peer:
+            assert bool(peer.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)) is keep_alive
+    listener.close()
 
 
 @needs_ipv6
@@ -360,5 +391,36 @@ async def test_descriptors_that_do_not_listen():
     assert (await refusal(SocketAddressFd(fd="999999"))).message == "File descriptor '999999' is not a socket"
 
 
-async def test_vsock_is_refused():
-    assert (await refusal(SocketAddressVsock(cid="2", port="1"))).kind is ErrorKind.UNSUPPORTED
+# -- vsock: this kernel may have none
+
+
+def has_vsock() -> bool:
+    try:
+        socket.socket(socket.AF_VSOCK).close()
+    except OSError:
+        return False
+    return True
+
+
+async def test_a_vsock_port():
+    address = SocketAddressVsock(cid="4294967295", port="4294967295")
+    if not has_vsock():
+        assert (await refusal(address)).message.startswith("Failed to create socket: ")
+        return
+    listener = await listen(address)
+    (bound,) = listener.addresses
+    assert isinstance(bound, SocketAddressVsock)
+    assert bound.cid == "4294967295"
+    assert int(bound.port) == listener.sockets[0].getsockname()[1]
+    assert not listener.sockets[0].getblocking()
+    error = await refusal(bound)
+    assert (error.kind, error.message) == (ErrorKind.BUSY, "Failed to bind socket: Address already in use")
+    error = await refusal(SocketAddressVsock(cid="77", port="4294967295"))
+    assert error.message == "Failed to bind socket: Cannot assign requested address"
+    listener.close()
+
+
+@pytest.mark.parametrize(("cid", "port", "what"), [("x", "1", "cid 'x'"), ("1", "", "port ''")])
+async def test_vsock_numbers(cid, port, what):
+    error = await refusal(SocketAddressVsock(cid=cid, port=port))
+    assert (error.kind, error.message) == (ErrorKind.INVALID_ARGUMENT, f"Failed to parse {what}")

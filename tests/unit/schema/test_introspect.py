@@ -38,6 +38,8 @@ ARGUMENTS = {
     "query-version": "",
     "query-commands": "",
     "query-qmp-schema": "",
+    "getfd": "fdname:str",
+    "closefd": "fdname:str",
     "quit": "",
     "object-del": "id:str",
     "chardev-add": "id:str backend:object",

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from blkferry.daemon.commands import HANDLERS, command
-from blkferry.schema.control import CommandInfo, QmpCapabilities, VersionInfo, VersionTriple
+from blkferry.errors import Error, ErrorKind
+from blkferry.schema.control import Closefd, CommandInfo, Getfd, QmpCapabilities, VersionInfo, VersionTriple
 from blkferry.schema.introspect import SchemaInfo, introspect
 from blkferry.schema.registry import COMMANDS, EVENTS
+from blkferry.sockets import descriptors
+from blkferry.sockets.descriptors import Descriptors
 
 if TYPE_CHECKING:
     from blkferry.daemon.daemon import Daemon
@@ -36,6 +39,30 @@ async def query_commands(daemon: Daemon, arguments: None) -> list[CommandInfo]:
 async def query_qmp_schema(daemon: Daemon, arguments: None) -> list[SchemaInfo]:
     del daemon, arguments
     return introspect(COMMANDS.values(), EVENTS.values())
+
+
+@command("getfd")
+async def getfd(daemon: Daemon, arguments: Getfd) -> None:
+    del daemon
+    if not arguments.fdname or arguments.fdname[0].isdigit():
+        raise Error(
+            ErrorKind.INVALID_ARGUMENT,
+            "Parameter 'fdname' expects a name not starting with a digit",
+            hint="Numbers stand for descriptors that the daemon inherited.",
+        )
+    _passed().name_arrived(arguments.fdname)
+
+
+@command("closefd")
+async def closefd(daemon: Daemon, arguments: Closefd) -> None:
+    del daemon
+    if not _passed().drop(arguments.fdname):
+        raise Error(ErrorKind.NOT_FOUND, f"File descriptor named '{arguments.fdname}' not found")
+
+
+def _passed() -> Descriptors:
+    """What the monitor's client has passed; nothing where there is no monitor."""
+    return descriptors.current() or Descriptors()
 
 
 @command("quit")
