@@ -59,6 +59,16 @@ async def test_both_ends_know_each_other(daemon, tmp_path):
     assert server.identity(ends[1]) == "CN=client1"
     with pytest.raises(ssl.SSLCertVerificationError, match="Hostname mismatch"):
         connect(server.context(), client.context(), "elsewhere")
+    for hostname in (None, "elsewhere"):
+        connect(server.context(), client.context(named=False), hostname)
+    assert server.context(named=False) is server.context()
+
+
+async def test_a_client_without_a_name_to_expect_checks_the_rest(daemon, tmp_path, ca):
+    server = await add(daemon, pki.write(tmp_path / "pki", ca, server=pki.issue("localhost", ca)))
+    client = await add(daemon, pki.write(tmp_path / "c", pki.authority("elsewhere")), "client", "c")
+    with pytest.raises(ssl.SSLCertVerificationError, match="certificate verify failed"):
+        connect(server.context(), client.context(named=False), None)
 
 
 async def test_a_client_without_a_certificate_needs_verify_peer_off(daemon, tmp_path, ca):

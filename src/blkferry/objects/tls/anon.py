@@ -28,7 +28,7 @@ class TlsCredsAnon(TlsCreds):
     kind: ClassVar[str] = "tls-creds-anon"
     options_type: ClassVar[type[ObjectOptions]] = TlsCredsAnonProperties
 
-    def _make(self) -> ssl.SSLContext:
+    def _make(self) -> tuple[ssl.SSLContext, ssl.SSLContext]:
         context = self._new_context()
         if context.minimum_version > ssl.TLSVersion.TLSv1_2:
             raise Error(
@@ -42,4 +42,4 @@ class TlsCredsAnon(TlsCreds):
             self._directory is not None and load_dh_params(context, self._path("dh-params.pem"))
         ):
             openssl.choose_dh_params(context)
-        return context
+        return context, context

@@ -55,27 +55,28 @@ class TlsCreds(BlkObject):
         self.endpoint = options.endpoint
         self.verify_peer = self.is_x509 and options.verify_peer
         self._context: ssl.SSLContext
+        self._nameless: ssl.SSLContext
 
     async def start(self, graph: Graph, engine: str) -> None:
         """Read the files; raises Error when one is missing or wrong."""
         del graph, engine
-        self._context = await asyncio.to_thread(self._make)
+        self._context, self._nameless = await asyncio.to_thread(self._make)
 
-    def context(self) -> ssl.SSLContext:
+    def context(self, *, named: bool = True) -> ssl.SSLContext:
         """What to wrap a socket with, as the side that `endpoint` says.
 
-        A client with `verify_peer` must give the name it expects of the server (`server_hostname`), or set
-        `check_hostname` of a context of its own to False.
+        A client with `verify_peer` must give the name it expects of the server (`server_hostname`). One that has no
+        name to expect, as on a unix socket, asks for the context without (`named`), which checks all else.
         """
-        return self._context
+        return self._context if named else self._nameless
 
     def identity(self, tls: ssl.SSLObject) -> str:
         """The distinguished name of the peer's certificate, "" when it showed none. Raises Error(CORRUPT)."""
         certificate = tls.getpeercert(binary_form=True)
         return distinguished_name(certificate) if certificate else ""
 
-    def _make(self) -> ssl.SSLContext:
-        """The context; called in a thread. Raises Error."""
+    def _make(self) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+        """The contexts with and without a name to expect; called in a thread. Raises Error."""
         raise NotImplementedError
 
     def _new_context(self) -> openssl.Context:

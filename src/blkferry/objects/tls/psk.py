@@ -48,7 +48,7 @@ class TlsCredsPsk(TlsCreds):
             )
         self._user = DEFAULT_USER if options.username is None else options.username
 
-    def _make(self) -> ssl.SSLContext:
+    def _make(self) -> tuple[ssl.SSLContext, ssl.SSLContext]:
         path = self._path("keys.psk")
         keys = parse_keys(read_file(path), path)
         context = self._new_context()
@@ -61,7 +61,7 @@ class TlsCredsPsk(TlsCreds):
             )
         else:
             openssl.use_key(context, self._user, key)
-        return context
+        return context, context
 
 
 def parse_keys(data: bytes, path: str) -> dict[str, bytes]:

@@ -59,30 +59,37 @@ class TlsCredsX509(TlsCreds):
         finally:
             self._password = None
 
-    def _make(self) -> ssl.SSLContext:
+    def _make(self) -> tuple[ssl.SSLContext, ssl.SSLContext]:
         ca, own, key = (
             self._path(name) for name in ("ca-cert.pem", f"{self.endpoint}-cert.pem", f"{self.endpoint}-key.pem")
         )
-        server = self.endpoint is QCryptoTLSCredsEndpoint.SERVER
         ca_pem = read_file(ca)
-        context = self._new_context()
-        if server or _both(own, key):
+        shown = self.endpoint is QCryptoTLSCredsEndpoint.SERVER or _both(own, key)
+        if shown:
             own_pem = read_file(own)
             read_file(key)
             if self._sanity_check:
                 sanity.check(own_pem, own, ca_pem, ca, self.endpoint)
-            self._load_pair(context, own, key)
-            if self._sanity_check:
                 self._check_signature(own, key, ca)
         elif self._sanity_check:
             sanity.check_ca(ca_pem, ca)
+        context = self._load(ca, own, key, shown=shown)
+        if not self.verify_peer or self.endpoint is QCryptoTLSCredsEndpoint.SERVER:
+            return context, context
+        named = self._load(ca, own, key, shown=shown)
+        named.check_hostname = True
+        return named, context
+
+    def _load(self, ca: str, own: str, key: str, *, shown: bool) -> ssl.SSLContext:
+        context = self._new_context()
+        if shown:
+            self._load_pair(context, own, key)
         self._trust(context, ca)
-        if server:
+        if self.endpoint is QCryptoTLSCredsEndpoint.SERVER:
             self._load_crl(context)
             load_dh_params(context, self._path("dh-params.pem"))
         if self.verify_peer:
             context.verify_mode = ssl.CERT_REQUIRED
-            context.check_hostname = not server
         return context
 
     def _load_pair(self, context: ssl.SSLContext, own: str, key: str) -> None:
