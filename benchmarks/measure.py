@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
+import certificates
 from images import SIZE, Image, content, settle
 from probe import EXPORT, Probe
 from servers import BLKFERRY_RAW, STOP_SECONDS, Access, BenchError, Server, peer, running, serving, wait_ready
@@ -64,12 +65,15 @@ def thread_totals(pid: int) -> tuple[int, int]:
 
 
 def fio(row: Row, socket: Path, seconds: float) -> dict[str, object]:
-    """Run the client to its end; the answer is fio's own account of the (one, grouped) job."""
+    """Run the client to its end; the answer is fio's own account of the (one, grouped) job.
+
+    libnbd looks for credentials in the home directory.
+    """
     command = [
         *peer("fio"),
         f"--name={row.name}",
         "--ioengine=nbd",
-        f"--uri=nbd+unix:///{EXPORT}?socket={quote(str(socket))}",
+        f"--uri=nbd{'s' if row.tls else ''}+unix:///{EXPORT}?socket={quote(str(socket))}",
         f"--rw={row.pattern}",
         f"--bs={row.block_size}",
         f"--iodepth={row.depth}",
@@ -81,7 +85,10 @@ def fio(row: Row, socket: Path, seconds: float) -> dict[str, object]:
         "--output-format=json",
     ]
     command += [f"--io_size={row.most_bytes}"] if row.most_bytes else ["--time_based", "--norandommap"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    environment = os.environ | {"HOME": str(socket.parent)}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, env=environment
+    )
     try:
         output, errors = process.communicate(timeout=seconds + FIO_GRACE)
     except subprocess.TimeoutExpired:
@@ -98,6 +105,12 @@ def fio(row: Row, socket: Path, seconds: float) -> dict[str, object]:
     return job
 
 
+def credentials(scratch: Path) -> Path:
+    """Certificates for the TLS rows, where libnbd looks for them; made once for a run."""
+    directory = scratch / ".pki" / "libnbd"
+    return directory if directory.exists() else certificates.make(directory)
+
+
 def run_workload(row: Row, server: Server, image: Path, scratch: Path, seconds: float) -> Sample:
     access = Access(
         image,
@@ -107,6 +120,7 @@ def run_workload(row: Row, server: Server, image: Path, scratch: Path, seconds: 
         iothread=row.iothread,
         format=row.image.format,
         content=None if row.image is Image.QCOW2_FRESH else content(image),
+        certificates=credentials(scratch) if row.tls else None,
     )
     with serving(server, access) as pid:
         settle(access.content if server is BLKFERRY_RAW and access.content else image, row.cache)

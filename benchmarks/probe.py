@@ -7,6 +7,7 @@ to one server than to another. Any unexpected answer is an OSError.
 from __future__ import annotations
 
 import socket
+import ssl
 import struct
 from pathlib import Path
 from typing import Self
@@ -19,16 +20,20 @@ _REQUEST = struct.Struct(">IHHQQI")
 _REPLY = struct.Struct(">IIQ")
 _OPTION_MAGIC = 0x49484156454F5054
 _FIXED_NEWSTYLE_NO_ZEROES = 3
+_OPTION_REPLY = struct.Struct(">QIII")
 _OPT_EXPORT_NAME = 1
+_OPT_STARTTLS = 5
+_ACK = 1
 _EXPORT_REPLY_SIZE = 10  # size and flags
 _CHECKED_LENGTHS = (4096, 256 << 10)  # what the workloads read
 _CHECKED_EVERY = 200 << 20
 
 
 class Probe:
-    """A client that has been answered."""
+    """A client that has been answered; with certificates it uses TLS."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, certificates: Path | None = None) -> None:
+        self._certificates = certificates
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.settimeout(TIMEOUT)
         try:
@@ -39,9 +44,9 @@ class Probe:
             raise
 
     @classmethod
-    def read_one(cls, path: Path) -> Self:
+    def read_one(cls, path: Path, certificates: Path | None = None) -> Self:
         """Connect and read the first block."""
-        probe = cls(path)
+        probe = cls(path, certificates)
         try:
             probe.read(0, 4096)
         except BaseException:
@@ -64,8 +69,19 @@ class Probe:
             raise OSError("this is not a newstyle NBD server")
         name = EXPORT.encode()
         hello = struct.pack(">I", _FIXED_NEWSTYLE_NO_ZEROES)
-        self._socket.sendall(hello + _OPTION.pack(_OPTION_MAGIC, _OPT_EXPORT_NAME, len(name)) + name)
+        self._socket.sendall(hello)
+        if self._certificates is not None:
+            self._start_tls(self._certificates)
+        self._socket.sendall(_OPTION.pack(_OPTION_MAGIC, _OPT_EXPORT_NAME, len(name)) + name)
         self._receive(_EXPORT_REPLY_SIZE)
+
+    def _start_tls(self, certificates: Path) -> None:
+        self._socket.sendall(_OPTION.pack(_OPTION_MAGIC, _OPT_STARTTLS, 0))
+        if _OPTION_REPLY.unpack(self._receive(_OPTION_REPLY.size))[2] != _ACK:
+            raise OSError("the server has no TLS")
+        context = ssl.create_default_context(cafile=certificates / "ca-cert.pem")
+        context.load_cert_chain(certificates / "client-cert.pem", certificates / "client-key.pem")
+        self._socket = context.wrap_socket(self._socket, server_hostname="localhost")
 
     def read(self, offset: int, length: int) -> bytes:
         self._socket.sendall(_REQUEST.pack(0x25609513, 0, 0, 7, offset, length))

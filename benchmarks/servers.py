@@ -40,6 +40,7 @@ class Access:
     iothread: bool = False
     format: str = "raw"
     content: Path | None = None  # the raw image with the bytes that a client is to see; None where nobody knows them
+    certificates: Path | None = None  # TLS is required, with these
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,11 @@ def qsd_options(access: Access, *, aio: str = "") -> list[str]:
     if not is_raw:
         read_only = "off" if access.writable else "on"
         options += ["--blockdev", f"driver={access.format},node-name=disk,file=file,read-only={read_only}"]
-    options += ["--nbd-server", f"addr.type=unix,addr.path={socket}"]
+    server = f"addr.type=unix,addr.path={socket}"
+    if access.certificates is not None:
+        options += ["--object", f"tls-creds-x509,id=tls0,endpoint=server,dir={access.certificates}"]
+        server += ",tls-creds=tls0"
+    options += ["--nbd-server", server]
     options += ["--export", export]
     return options
 
@@ -129,6 +134,8 @@ def nbdkit(access: Access) -> list[str]:
     command = [*peer("nbdkit"), "-f", "-U", str(access.socket)]
     if not access.writable:
         command.append("-r")
+    if access.certificates is not None:
+        command += ["--tls=require", "--tls-verify-peer", f"--tls-certificates={access.certificates}"]
     command += ["file", str(access.image)]
     if access.direct:
         command.append("cache=none")
@@ -198,7 +205,7 @@ def serving(server: Server, access: Access) -> Iterator[int]:
     scratch = access.socket.parent
     access.socket.unlink(missing_ok=True)
     with running(server.command(access), scratch) as process:
-        with wait_ready(server, process, access.socket) as probe:
+        with wait_ready(server, process, access.socket, access.certificates) as probe:
             try:
                 if access.content is not None:
                     probe.check(access.content)
@@ -217,12 +224,19 @@ def check_alive(server: Server, process: subprocess.Popen[bytes], scratch: Path)
         raise BenchError(f"{server.label} ended with {code} while it was measured: {said(scratch)}")
 
 
-def wait_ready(server: Server, process: subprocess.Popen[bytes], socket: Path, *, pause: float = 0.02) -> Probe:
+def wait_ready(
+    server: Server,
+    process: subprocess.Popen[bytes],
+    socket: Path,
+    certificates: Path | None = None,
+    *,
+    pause: float = 0.02,
+) -> Probe:
     """The client that got the server's first answer to a read."""
     deadline = time.monotonic() + START_SECONDS
     while True:
         try:
-            return Probe.read_one(socket)
+            return Probe.read_one(socket, certificates)
         except OSError as failure:
             if (code := process.poll()) is not None:
                 raise BenchError(f"{server.label} ended with {code}: {said(socket.parent)}") from None

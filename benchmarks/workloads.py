@@ -34,6 +34,7 @@ NO_TARGET = Target()
 DEEP = Target(cpu=0.5, iops=1.5)
 SHALLOW = Target(iops=0.9)
 LARGE_READ = Target(cpu=0.4)
+ENCRYPTED_READ = Target(iops=1.0)
 ALLOCATING = Target(iops=1.0)
 
 
@@ -51,6 +52,7 @@ class Row:
     cache: Cache = Cache.WARM
     direct: bool = False
     iothread: bool = False
+    tls: bool = False
     servers: tuple[Server, ...] = EVERYONE
     target: Target = NO_TARGET
     most_bytes: int | None = None  # a run over a cold cache ends before it has warmed much of it
@@ -185,6 +187,18 @@ ROWS = (
         target=ALLOCATING,
         most_bytes=64 << 20,
         note="16,384 writes into 16,384 clusters, each block once: most of them allocate.",
+    ),
+    Row(
+        "tls-read-256k-qd8",
+        "256 KiB sequential read, QD 8, page cache, TLS with certificates",
+        "read",
+        K256,
+        8,
+        tls=True,
+        target=ENCRYPTED_READ,
+    ),
+    Row(
+        "tls-read-4k-qd32", "4 KiB random read, QD 32, page cache, TLS with certificates", "randread", K4, 32, tls=True
     ),
     Row(
         "iothread-4k-qd32",

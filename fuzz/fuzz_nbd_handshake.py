@@ -3,7 +3,8 @@
     python fuzz/fuzz_nbd_handshake.py [seconds] [seed]
 
 Builds sessions of options that are valid, nearly valid and not valid at all, and feeds each whole, byte by
-byte and in random pieces. A failure prints the seed and the session that reproduce it.
+byte and in random pieces. Some are with servers that require TLS: these have two phases, before and after it. A failure
+prints the seed and the session that reproduce it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import random
 import sys
 import time
+from functools import partial
+from typing import NamedTuple
 
 from blkferry.wire.nbd.client import build_flags, build_info, build_option, build_queries
 from blkferry.wire.nbd.constants import MAX_META_OPTION, MAX_STRING, Opt, TransmissionFlag
@@ -71,14 +74,32 @@ def damaged(rng, data):
     return bytes(damage)
 
 
-def any_session(rng):
-    flags = build_flags(rng.choice([3, 3, 3, 3, 1, 0, rng.randrange(1 << 32)]))
+def any_options(rng):
     options = [any_option(rng) for _ in range(rng.randrange(12))]
     if rng.random() < 0.05:
         options.append(options[-1] * 500 if options else b"")
     if rng.random() < 0.5:
         options = [damaged(rng, option) for option in options]
-    return flags + b"".join(options)
+    return b"".join(options)
+
+
+class Session(NamedTuple):
+    """What a client sends, before TLS and after it; there is no after where there is no TLS."""
+
+    before: bytes
+    after: bytes | None
+    denial: str
+
+    @classmethod
+    def any(cls, rng):
+        flags = build_flags(rng.choice([3, 3, 3, 3, 1, 0, rng.randrange(1 << 32)]))
+        if rng.random() < 0.5:
+            return cls(flags + any_options(rng), None, "")
+        before = flags + (any_options(rng) if rng.random() < 0.3 else b"")
+        starttls = build_option(Opt.STARTTLS)
+        if rng.random() < 0.1:
+            starttls += any_options(rng)
+        return cls(before + starttls, any_options(rng), rng.choice(["", "", "no"]))
 
 
 def pieces(rng, data):
@@ -89,9 +110,22 @@ def pieces(rng, data):
         start = end
 
 
-def converse(parts):
-    machine = Handshake(Directory())
+def converse(session, split):
+    machine = Handshake(Directory(), tls_required=session.after is not None)
     sent = bytearray()
+    feed(machine, split(session.before), sent)
+    if machine.state is State.STARTTLS:
+        machine.secured(session.denial)
+        feed(machine, split(session.after), sent)
+        assert not session.denial or machine.result is None
+    elif session.after is not None:
+        assert machine.result is None
+    assert (machine.state is State.DONE) == (machine.result is not None)
+    assert (machine.state is State.CLOSED) == bool(machine.closed_reason)
+    return bytes(sent), machine.state, machine.result, machine.closed_reason, machine.leftover
+
+
+def feed(machine, parts, sent):
     for part in parts:
         machine.receive(part)
         waiting = len(machine._incoming)  # noqa: SLF001 - a bound of its own, not of its callers
@@ -102,9 +136,6 @@ def converse(parts):
             if not data:
                 break
             sent += data
-    assert (machine.state is State.DONE) == (machine.result is not None)
-    assert (machine.state is State.CLOSED) == bool(machine.closed_reason)
-    return bytes(sent), machine.state, machine.result, machine.closed_reason, machine.leftover
 
 
 def main(seconds=10.0, seed=None):
@@ -112,19 +143,19 @@ def main(seconds=10.0, seed=None):
     rng = random.Random(seed)
     deadline = time.monotonic() + seconds
     sessions = 0
-    session = b""
+    session = Session(b"", None, "")
     ends = dict.fromkeys(State, 0)
     try:
         while time.monotonic() < deadline:
-            session = any_session(rng)
-            whole = converse([session])
+            session = Session.any(rng)
+            whole = converse(session, lambda data: [data])
             ends[whole[1]] += 1
-            assert converse(pieces(rng, session)) == whole
-            if len(session) < 5000:
-                assert converse(session[i : i + 1] for i in range(len(session))) == whole
+            assert converse(session, partial(pieces, rng)) == whole
+            if len(session.before) + len(session.after or b"") < 5000:
+                assert converse(session, lambda data: (data[i : i + 1] for i in range(len(data)))) == whole
             sessions += 1
     except Exception:
-        sys.stderr.write(f"seed {seed}, session {sessions}: {session.hex()}\n")
+        sys.stderr.write(f"seed {seed}, session {sessions}: {session}\n")
         raise
     counts = ", ".join(f"{count} {state.name}" for state, count in ends.items())
     sys.stdout.write(f"seed {seed}: {sessions} sessions, which ended {counts}\n")

@@ -12,6 +12,7 @@ import time
 import pytest
 from cli_process import finish, running, wait_for
 
+import pki
 from blkferry.testing.nbd import Client, ConnectionEnded
 from blkferry.wire.nbd.constants import Cmd, Mode
 from peers import requires, run
@@ -280,3 +281,33 @@ def test_the_lines_to_paste_work(image, sockets, tmp_path):
         assert (tmp_path / "copy.img").read_bytes() == disk.path.read_bytes()
         assert json.loads(run("qemu-img", "info", "--output=json", uri).stdout)["virtual-size"] == 4 * MIB
         assert server.end()[0] == 0
+
+
+def test_tls_from_a_directory(image, sockets, tmp_path):
+    """Certificates or keys, whichever are there; who is allowed; and what is said when something is missing."""
+    disk = image(MIB)
+    directory, ca = pki.complete(tmp_path / "pki")
+    other = pki.issue("other", ca, pki.NO_CA, (pki.purposes("client"), True))
+    pki.write(tmp_path / "other", ca, client=other)
+    with serve("--json", "--port", "0", "--tls", directory, "--allow", "CN=client1", disk.path) as server:
+        (uri,) = json.loads(server.line())["exports"][0]["uris"]
+        assert uri.startswith("nbds://127.0.0.1:")
+        uri = uri.replace("127.0.0.1", "localhost")
+        run("nbdcopy", f"{uri}?tls-certificates={directory}", tmp_path / "copy")
+        assert (tmp_path / "copy").read_bytes() == disk.expect(0, MIB)
+        run("nbdinfo", f"{uri}?tls-certificates={tmp_path / 'other'}", expect=1)
+        assert server.end()[0] == 0
+    keys = tmp_path / "keys"
+    keys.mkdir()
+    (keys / "keys.psk").write_text(f"me:{'7e' * 32}\n")
+    with serve("-q", "--port", "0", "--tls", keys, disk.path) as server:
+        uri = server.line().strip().replace("nbds://127.0.0.1", "nbds://me@localhost")
+        run("nbdinfo", f"{uri}?tls-psk-file={keys / 'keys.psk'}")
+    for argv, text in (
+        (("--tls", sockets, disk.path), "has neither server-cert.pem nor keys.psk"),
+        (("--allow", "CN=x", disk.path), "--allow needs --tls"),
+        (("--tls", keys, "--allow", "CN=x", disk.path), "tls-authz needs clients with certificates"),
+    ):
+        done = finish("blkferry", "serve", "--port", "0", *argv)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert text in done.stderr

@@ -46,9 +46,7 @@ async def _export(daemon: Daemon, options: BlockExportOptions) -> None:
 
 
 async def _nbd_server(daemon: Daemon, options: NbdServerOptions) -> None:
-    await daemon.start_nbd_server(
-        options.addr, max_connections=options.max_connections, handshake_seconds=options.handshake_max_seconds
-    )
+    await daemon.nbd_servers.start(options.addr, options)
 
 
 async def _object(daemon: Daemon, options: ObjectOptions) -> None:

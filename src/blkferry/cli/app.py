@@ -100,6 +100,19 @@ app.add_command(image)
     help="Clients at the same time.  [default: any number]",
 )
 @click.option(
+    "--tls",
+    metavar="DIR",
+    type=click.Path(exists=True, file_okay=False),
+    help="Require TLS, with the certificates (or the keys.psk) in this directory.",
+)
+@click.option(
+    "--allow",
+    "allowed",
+    multiple=True,
+    metavar="NAME",
+    help="With --tls: only clients whose certificate has this name, like 'O=Lab,CN=backup'.",
+)
+@click.option(
     "--object",
     "objects",
     multiple=True,
@@ -124,6 +137,8 @@ def serve(
     discard: bool,
     description: str | None,
     max_connections: int,
+    tls: str | None,
+    allowed: tuple[str, ...],
     objects: tuple[str, ...],
     qmp: str | None,
     as_json: bool,
@@ -142,6 +157,7 @@ def serve(
     blkferry serve --port 0 --json a.img b.img
     blkferry serve -w --direct /dev/sdb
     blkferry serve --name scratch memory:10G
+    blkferry serve --host '' --tls /etc/blkferry vm.qcow2
     """  # noqa: D301
     if socket is not None and (host is not None or port is not None):
         raise click.UsageError("--socket is instead of --host and --port; give either.")
@@ -168,6 +184,8 @@ def serve(
         max_connections=max_connections,
         qmp=qmp,
         objects=objects,
+        tls=tls,
+        allowed=allowed,
     )
     try:
         serve_images(request, speech)

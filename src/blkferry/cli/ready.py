@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from blkferry.daemon.daemon import uri_of
+from blkferry.daemon.nbd_servers import uri_of
 from blkferry.schema.sockets import SocketAddress, SocketAddressInet, SocketAddressUnix
 from blkferry.units import format_size
 
@@ -29,10 +29,12 @@ class Offer:
     size: int
     writable: bool
     addresses: tuple[SocketAddress, ...]
+    tls: bool = False
 
     @property
     def uris(self) -> list[str]:
-        return [uri_of(address, self.name) for address in self.addresses]
+        found = (uri_of(address, self.name, tls=self.tls) for address in self.addresses)
+        return [uri for uri in found if uri is not None]
 
     def clients(self) -> Iterator[tuple[str, str]]:
         """What one might do with it: a word for it, and the command line."""
@@ -41,6 +43,8 @@ class Offer:
         uri = shlex.quote(self.uris[0])
         drive = f"file={self.uris[0]},format=raw,if=virtio" + ("" if self.writable else ",readonly=on")
         yield "copy", f"nbdcopy {uri} copy.img"
+        if self.tls:  # the others need to be told where the client's credentials are
+            return
         yield "inspect", f"qemu-img info {uri}"
         yield "boot", f"qemu-system-x86_64 -m 1G -drive {shlex.quote(drive)}"
         match self.addresses[0]:

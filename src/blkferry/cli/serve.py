@@ -28,10 +28,13 @@ from blkferry.schema.export import BlockExportOptionsNbd
 from blkferry.schema.keyval import Help, parse_option
 from blkferry.schema.qom import ObjectOptions
 from blkferry.schema.sockets import SocketAddress, SocketAddressFd, SocketAddressInet, SocketAddressUnix
+from blkferry.schema.visit import visit
 from blkferry.sockets import descriptors
 from blkferry.wire.nbd.uri import DEFAULT_PORT
 
 QMP = "qmp"
+TLS = "tls"
+ALLOWED = "allowed"
 DEFAULT_HOST = "127.0.0.1"
 _EVERYWHERE = frozenset({"", "::", "0.0.0.0"})
 _HERE = ("127.", "::1")
@@ -65,6 +68,8 @@ class Request:
     qmp: str | None
     objects: tuple[str, ...] = ()
     fd: str | None = None
+    tls: str | None = None
+    allowed: tuple[str, ...] = ()
 
     def address(self, passed: Sequence[str] = ()) -> SocketAddress:
         """Where to listen; `passed` are the names of sockets that we were started with. Raises Error."""
@@ -134,6 +139,7 @@ async def _offer(daemon: Daemon, request: Request, names: tuple[str, ...]) -> li
         if isinstance(options, Help):
             raise Error(ErrorKind.INVALID_ARGUMENT, "--object needs an object", hint=options.text)
         await daemon.add_object(options)
+    await _add_security(daemon, request)
     nodes = [await _open(daemon, request, number, image) for number, image in enumerate(request.images)]
     listener = await _listen(daemon, request)
     addresses = tuple(dict.fromkeys(map(_as_clients_see, listener.addresses)))
@@ -142,12 +148,32 @@ async def _offer(daemon: Daemon, request: Request, names: tuple[str, ...]) -> li
         writable = not daemon.graph.find(node).read_only
         await _export(daemon, image, node, name, request.description, writable=writable)
         size = daemon.graph.find(node).length
-        offers.append(Offer(name, image, size, writable, addresses))
+        offers.append(Offer(name, image, size, writable, addresses, tls=request.tls is not None))
     if request.qmp is not None:
         backend = ChardevSocket(addr=SocketAddressUnix(path=request.qmp))
         await chardev_add(daemon, ChardevAdd(id=QMP, backend=backend))
         await daemon.add_monitor(MonitorOptions(chardev=QMP))
     return offers
+
+
+async def _add_security(daemon: Daemon, request: Request) -> None:
+    """The objects behind --tls and --allow."""
+    if request.tls is None:
+        if request.allowed:
+            raise Error(
+                ErrorKind.INVALID_ARGUMENT, "--allow needs --tls", hint="Without TLS nobody can tell who a client is."
+            )
+        return
+    kinds = {"server-cert.pem": "tls-creds-x509", "keys.psk": "tls-creds-psk"}
+    found = [kind for name, kind in kinds.items() if os.path.exists(os.path.join(request.tls, name))]
+    if not found:
+        hint = "docs/tls.md shows how to make certificates (ca-cert.pem, server-cert.pem, server-key.pem) or keys."
+        raise Error(ErrorKind.NOT_FOUND, f"'{request.tls}' has neither server-cert.pem nor keys.psk", hint=hint)
+    credentials = {"qom-type": found[0], "id": TLS, "endpoint": "server", "dir": request.tls}
+    await daemon.add_object(visit(ObjectOptions, credentials))
+    if request.allowed:
+        rules = [{"match": name, "policy": "allow", "format": "exact"} for name in request.allowed]
+        await daemon.add_object(visit(ObjectOptions, {"qom-type": "authz-list", "id": ALLOWED, "rules": rules}))
 
 
 async def _open(daemon: Daemon, request: Request, number: int, image: str) -> str:
@@ -180,7 +206,12 @@ async def _listen(daemon: Daemon, request: Request) -> Listener:
     passed = descriptors.current()
     address = request.address(passed.names if passed is not None else ())
     try:
-        return await daemon.start_nbd_server(address, max_connections=request.max_connections)
+        return await daemon.start_nbd_server(
+            address,
+            max_connections=request.max_connections,
+            tls_creds=TLS if request.tls is not None else None,
+            tls_authz=ALLOWED if request.allowed else None,
+        )
     except Error as error:
         if error.kind is ErrorKind.BUSY and isinstance(address, SocketAddressInet):
             raise Error(
@@ -212,7 +243,7 @@ def _as_clients_see(address: SocketAddress) -> SocketAddress:
 
 def _caution(request: Request, offers: Sequence[Offer]) -> None:
     exposed = {address.host for address in offers[0].addresses if isinstance(address, SocketAddressInet)}
-    if not all(host.startswith(_HERE) for host in exposed):
+    if request.tls is None and not all(host.startswith(_HERE) for host in exposed):
         may = "read and write" if request.writable else "read"
         _warn(f"anybody who reaches this port may {may} these images: nothing is encrypted or asks for a password")
 

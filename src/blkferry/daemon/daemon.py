@@ -19,8 +19,9 @@ from blkferry.daemon import commands, images
 from blkferry.daemon.chardev import Chardev
 from blkferry.daemon.disk import Disk
 from blkferry.daemon.exports import Exports
-from blkferry.daemon.listener import Listener, listen
+from blkferry.daemon.listener import Listener
 from blkferry.daemon.monitor import Monitor
+from blkferry.daemon.nbd_servers import NbdServers
 from blkferry.errors import Error, ErrorKind
 from blkferry.exports.nbd import NbdServer
 from blkferry.graph import registry
@@ -29,17 +30,22 @@ from blkferry.jobs.jobs import Jobs
 from blkferry.objects.base import BlkObject
 from blkferry.objects.iothread import Iothread
 from blkferry.objects.secret import Secret
+from blkferry.objects.tls import TlsCreds
 from blkferry.plane.services import Services
 from blkferry.schema.block import BlockdevOptions
 from blkferry.schema.control import MonitorMode, MonitorOptions
 from blkferry.schema.create import BlockdevCreateOptions, unable
-from blkferry.schema.export import BlockExportOptions, BlockExportOptionsNbd, BlockExportRemoveMode
+from blkferry.schema.export import (
+    BlockExportOptions,
+    BlockExportOptionsNbd,
+    BlockExportRemoveMode,
+    NbdServerOptionsBase,
+)
 from blkferry.schema.qapi import Struct, variants
 from blkferry.schema.qom import ObjectOptions
 from blkferry.schema.registry import COMMANDS, EVENTS
-from blkferry.schema.sockets import SocketAddress, SocketAddressInet, SocketAddressUnix
+from blkferry.schema.sockets import SocketAddress, SocketAddressUnix
 from blkferry.schema.visit import dump, visit
-from blkferry.wire.nbd.uri import tcp_uri, unix_uri
 
 log = logging.getLogger(__name__)
 
@@ -64,13 +70,10 @@ class Daemon:
         self._subscribers: dict[object, EventCallback] = {}
         self._stopping: asyncio.Task[None] | None = None
         self._hurry = asyncio.Event()
-        self._clients_held = False
         self.objects: dict[str, BlkObject] = {}
         self.chardevs: dict[str, Chardev] = {}
         self.monitors: list[Monitor] = []
-        self.nbd_server: NbdServer | None = None
-        self._nbd_listener: Listener | None = None
-        self._nbd_lock = asyncio.Lock()
+        self.nbd_servers = NbdServers(self)
         self.exports = Exports(self)
         self.jobs = Jobs(self.emit)
         self._private_directory: tempfile.TemporaryDirectory[str] | None = None
@@ -103,10 +106,9 @@ class Daemon:
         await asyncio.shield(self._stopping)
 
     async def _stop(self, patience: float) -> None:
-        if self.nbd_server is not None:
-            self.nbd_server.stop_listening()
+        self.nbd_servers.stop_listening()
         await self.exports.remove_all(patience=patience, hurry=self._hurry)
-        await self.stop_nbd_server()
+        await self.nbd_servers.stop_all()
         await self.jobs.close()
         for user in list(self.graph.users):
             if isinstance(user, Disk):
@@ -214,7 +216,7 @@ class Daemon:
 
         Where no NBD server runs yet, one is started on a unix socket in a private directory. Raises Error.
         """
-        if self.nbd_server is None:
+        if "" not in self.nbd_servers:
             self._private_directory = tempfile.TemporaryDirectory(prefix="blkferry-")
             await self.start_nbd_server(SocketAddressUnix(path=f"{self._private_directory.name}/nbd.sock"))
         offered = disk.name if name is None else name
@@ -227,59 +229,57 @@ class Daemon:
         await self.exports.add(options)
         return NbdOffer(self, options.id, self.nbd_uris(offered))
 
-    def nbd_uris(self, name: str) -> list[str]:
+    def nbd_uris(self, name: str, server: str | None = None) -> list[str]:
         """Where clients find the export called `name`: one URI for each address the NBD server listens on."""
-        listener = self._nbd_listener
-        return [] if listener is None else [uri_of(address, name) for address in listener.addresses]
+        return self.nbd_servers.uris(name, server)
 
     @staticmethod
     def _free_name(stem: str, taken: Container[str]) -> str:
         return next(name for number in itertools.count() if (name := f"{stem}{number}") not in taken)
 
-    # Services for exports --------------------------------------------------------------------------------------
+    # NBD servers, and services for exports ---------------------------------------------------------------------
 
-    def service(self, name: str) -> Any:
-        return self.nbd_server if name == "nbd-server" else None
+    def service(self, kind: str, name: str | None = None) -> Any:
+        assert kind == "nbd-server"
+        return self.nbd_servers.get(name)
+
+    @property
+    def nbd_server(self) -> NbdServer | None:
+        """The NBD server without a name, None when it does not run."""
+        return self.nbd_servers.get() if "" in self.nbd_servers else None
 
     def hold_clients(self) -> None:
         """Let clients of servers started from now on wait, so that they find everything that is still being made."""
-        self._clients_held = True
+        self.nbd_servers.hold_clients()
 
     def admit_clients(self) -> None:
         """Let them in."""
-        self._clients_held = False
-        if self.nbd_server is not None:
-            self.nbd_server.admit()
+        self.nbd_servers.admit_clients()
 
     async def start_nbd_server(
-        self, address: SocketAddress, *, max_connections: int = 0, handshake_seconds: int = 10
+        self,
+        address: SocketAddress,
+        *,
+        name: str | None = None,
+        max_connections: int = 0,
+        handshake_seconds: int = 10,
+        tls_creds: str | None = None,
+        tls_authz: str | None = None,
     ) -> Listener:
-        """Listen for NBD clients. Raises Error(EXISTS) when a server runs, or what is wrong with the address."""
-        async with self._nbd_lock:
-            if self.nbd_server is not None:
-                raise Error(
-                    ErrorKind.EXISTS, "NBD server already running", hint="There is one per daemon; stop it first."
-                )
-            self._nbd_listener = await listen(address)
-            self.nbd_server = NbdServer(
-                self._nbd_listener.sockets,
-                max_connections=max_connections,
-                handshake_seconds=handshake_seconds,
-                held=self._clients_held,
-            )
-            return self._nbd_listener
+        """Listen for NBD clients, `max_connections` of them and `handshake_seconds` for each to choose an export.
 
-    async def stop_nbd_server(self) -> bool:
-        """Remove all NBD exports and stop listening; False when no server runs."""
-        async with self._nbd_lock:
-            server, listener = self.nbd_server, self._nbd_listener
-            if server is None or listener is None:
-                return False
-            server.close()
-            await self.exports.remove_all("nbd")
-            listener.close()
-            self.nbd_server = self._nbd_listener = None
-            return True
+        0 is unlimited. With `name` it is another server than the one exports use that name none. `tls_creds` and
+        `tls_authz` are ids of objects: with the former TLS is required, the latter says whose certificates are welcome.
+        Raises Error(EXISTS) when it runs already, or what is wrong with address or objects.
+        """
+        options = NbdServerOptionsBase(
+            id=name,
+            max_connections=max_connections,
+            handshake_max_seconds=handshake_seconds,
+            tls_creds=tls_creds,
+            tls_authz=tls_authz,
+        )
+        return await self.nbd_servers.start(address, options)
 
     # Monitors --------------------------------------------------------------------------------------------------
 
@@ -352,6 +352,23 @@ class Daemon:
             raise Error(ErrorKind.NOT_FOUND, f"No secret with id '{object_id}'", hint=hint)
         raise Error(ErrorKind.INVALID_ARGUMENT, f"Object with id '{object_id}' is not a secret", hint=hint)
 
+    def credentials(self, object_id: str, endpoint: str) -> TlsCreds:
+        """The TLS credentials of this name, for a "server" or "client"; raises Error."""
+        thing = self.objects.get(object_id)
+        if thing is None:
+            names = ", ".join(name for name, each in self.objects.items() if isinstance(each, TlsCreds))
+            hint = f"Known TLS credentials: {names}." if names else "Create them with object-add (tls-creds-x509)."
+            raise Error(ErrorKind.NOT_FOUND, f"No TLS credentials with id '{object_id}'", hint=hint)
+        if not isinstance(thing, TlsCreds):
+            raise Error(ErrorKind.INVALID_ARGUMENT, f"Object with id '{object_id}' is not TLS credentials")
+        if thing.endpoint != endpoint:
+            raise Error(
+                ErrorKind.INVALID_ARGUMENT,
+                f"Expected TLS credentials for a {endpoint} endpoint",
+                hint=f"'{object_id}' was made with endpoint={thing.endpoint}.",
+            )
+        return thing
+
     def _list_objects(self, kind: type[BlkObject]) -> str:
         names = ", ".join(name for name, thing in self.objects.items() if isinstance(thing, kind))
         return f"Known {kind.kind}s: {names}." if names else ""
@@ -373,16 +390,6 @@ class NbdOffer:
         """Stop offering it; `force` disconnects clients. Raises Error(BUSY) when there are some and it does not."""
         mode = BlockExportRemoveMode.HARD if force else BlockExportRemoveMode.SAFE
         await self.daemon.exports.remove(self.id, mode, wait=True)
-
-
-def uri_of(address: SocketAddress, name: str) -> str:
-    """The NBD URI of an export at a bound address."""
-    match address:
-        case SocketAddressInet():
-            return tcp_uri(address.host, int(address.port), name)
-        case SocketAddressUnix(abstract=False):
-            return unix_uri(address.path, name)
-    raise Error(ErrorKind.UNSUPPORTED, f"There is no NBD URI for an address of type '{address.type}'")
 
 
 def load_branches() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -180,16 +180,20 @@ class Exports:
         self._daemon.emit("BLOCK_EXPORT_DELETED", {"id": export_id})
 
     async def remove_all(
-        self, kind: str | None = None, *, patience: float = 0.0, hurry: asyncio.Event | None = None
+        self,
+        only: Callable[[Export], bool] = lambda _: True,
+        *,
+        patience: float = 0.0,
+        hurry: asyncio.Event | None = None,
     ) -> None:
-        """Remove every export, or those of one kind, newest first.
+        """Remove every export, or `only` some, newest first.
 
         Clients get `patience` seconds to be answered, or until `hurry` is set.
         """
         chosen = [
             (export_id, entry)
             for export_id, entry in reversed(self._entries.items())
-            if entry is not None and kind in (None, entry.export.kind)
+            if entry is not None and only(entry.export)
         ]
         if patience:
             for _, entry in chosen:
@@ -210,6 +214,7 @@ class Exports:
                 type=entry.export.kind,
                 node_name=entry.export.root.node.name,
                 shutting_down=entry.removal is not None,
+                clients=list(entry.export.connected()),
             )
             for export_id, entry in reversed(self._entries.items())
             if entry is not None

@@ -33,7 +33,7 @@ from blkferry.sockets import descriptors, names
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-BACKLOG = 128
+BACKLOG = socket.SOMAXCONN
 PROBE_PAUSE_S = 0.02  # between bind and listen a live socket refuses, too: one that refuses twice is dead
 EPHEMERAL_ATTEMPTS = 32  # a port the kernel picks for one family may be taken in the other
 _ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # this host lacks the family or the address

@@ -6,19 +6,20 @@ how to offer a node to its kind of client.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
 
 from blkferry.errors import Error
 from blkferry.graph.permissions import ALL, Permission
 from blkferry.graph.root import Root
-from blkferry.schema.export import BlockExportOptions
+from blkferry.schema.export import BlockExportClient, BlockExportOptions
 
 
 class Host(Protocol):
     """What an export may ask of the daemon it lives in."""
 
-    def service(self, name: str) -> Any:
-        """A shared service by name ("nbd-server"), None when it does not run."""
+    def service(self, kind: str, name: str | None = None) -> Any:
+        """A shared service ("nbd-server"), the one without a name by default. Raises Error when it does not run."""
 
 
 class Export:
@@ -61,6 +62,10 @@ class Export:
     def in_use(self) -> Error | None:
         """Why a safe removal must wait, None when nobody uses the export."""
         raise NotImplementedError
+
+    def connected(self) -> Sequence[BlockExportClient]:
+        """Who uses the export now. Called on the main loop."""
+        return ()
 
     @property
     def pinned(self) -> bool:

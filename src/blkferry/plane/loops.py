@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from typing import Protocol
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
@@ -16,7 +17,14 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
-def ended_unseen(sock: socket.socket) -> bool:
+class HasOptions(Protocol):
+    """A socket, or something around one."""
+
+    def getsockopt(self, level: int, option: int, /) -> int:
+        """As of socket.socket."""
+
+
+def ended_unseen(sock: HasOptions) -> bool:
     """Whether the peer is gone, although there may be bytes left to read.
 
     When a unix peer closes with our bytes unread, uvloop calls the reader once and never again, even if there were data

@@ -8,6 +8,7 @@ at the flag at its next turn.
 sendfile does not copy: until the peer has taken the bytes from its socket it would see what is written over them, be
 that another's. So a piece that is `lent`, whose place its node may use again, counts as being read until the peer of a
 unix socket has it. No other kind of socket can tell (TCP over the loopback device shares pages, too): it gets a copy.
+What is to be encrypted is copied anyway.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from blkferry.plane.buffers import Buffer
 from blkferry.plane.services import Services
 from blkferry.plane.storage import Storage
 from blkferry.plane.syscalls import unread_bytes
+from blkferry.plane.tls import TlsSocket
 
 _IOV_MAX = 256
 _COPY_BYTES = 256 << 10
@@ -52,16 +54,17 @@ _Piece = tuple[memoryview, Buffer | None] | _FilePiece
 class Outbox:
     """The sending half of one connection. `on_drained` is called when the socket has taken everything at last."""
 
-    def __init__(self, sock: socket.socket, services: Services, on_drained: Callable[[], None]) -> None:
+    def __init__(self, sock: socket.socket | TlsSocket, services: Services, on_drained: Callable[[], None]) -> None:
         self._sock = sock
         self._fd = sock.fileno()
         self._services = services
         self._on_drained = on_drained
         self._pieces: deque[_Piece] = deque()
         self._watching = False
-        self._sent = 0  # bytes, ever
-        self._lends = sock.family == socket.AF_UNIX
-        self._lent: deque[tuple[int, Storage, int]] = deque()  # what `_sent` was after it, and whose use it is
+        self.sent = 0  # bytes, ever
+        self._tls = sock if isinstance(sock, TlsSocket) else None
+        self._lends = sock.family == socket.AF_UNIX and self._tls is None
+        self._lent: deque[tuple[int, Storage, int]] = deque()  # what `sent` was after it, and whose use it is
         self._timer: asyncio.TimerHandle | None = None
         self.broken = False
 
@@ -83,7 +86,7 @@ class Outbox:
             except OSError:
                 self._break()
                 return
-            self._sent += sent
+            self.sent += sent
             if sent == len(view):
                 return
         self._keep((memoryview(bytes(view[sent:])), None))
@@ -113,7 +116,7 @@ class Outbox:
             except OSError:
                 self._break()
                 return
-            self._sent += sent
+            self.sent += sent
             if sent == total:
                 return
         for number, piece in enumerate(pieces):
@@ -169,24 +172,26 @@ class Outbox:
                 self._lend(storage, storage.readers.begin())
 
     def _transfer(self, storage: Storage, offset: int, length: int, lent: bool) -> int:
-        if lent and not self._lends:
+        if self._tls is not None:
+            sent = self._tls.send_file(storage.fd, offset, length)
+        elif lent and not self._lends:
             sent = self._sock.send(os.pread(storage.fd, min(length, _COPY_BYTES), offset), socket.MSG_NOSIGNAL)
         else:
             sent = os.sendfile(self._fd, storage.fd, offset, length)
         if sent == 0:  # the file shrank after its header went out: only closing can tell the client
             raise BrokenPipeError
-        self._sent += sent
+        self.sent += sent
         return sent
 
     def _lend(self, storage: Storage, use: int) -> None:
         """What has just been sent counts as being read until the peer has taken it."""
-        self._lent.append((self._sent, storage, use))
+        self._lent.append((self.sent, storage, use))
         if self._timer is None:
             self._timer = self._services.loop.call_later(_LENT_SECONDS, self._look, _LENT_SECONDS)
 
     def settle(self) -> None:
         """See what the peer has taken of what was lent; call it now and then while there is something."""
-        taken = self._sent - unread_bytes(self._fd)
+        taken = self.sent - unread_bytes(self._fd)
         while self._lent and self._lent[0][0] <= taken:
             _, storage, use = self._lent.popleft()
             storage.readers.end(use)
@@ -263,7 +268,7 @@ class Outbox:
             if len(batch) == _IOV_MAX:
                 break
         sent = self._sock.sendmsg(batch, [], socket.MSG_NOSIGNAL | more)
-        self._sent += sent
+        self.sent += sent
         while sent:
             view, buffer = self._pieces.popleft()  # type: ignore[misc]  # the batch held no file pieces
             if sent < len(view):

@@ -7,13 +7,31 @@ them.
 import enum
 from typing import Annotated, Literal
 
-from blkferry.schema.qapi import EXTENSION, Command, Doc, Event, Named, Struct, TagOf, Uint32, branch, union
+from blkferry.schema.qapi import DEPRECATED, EXTENSION, Command, Doc, Event, Named, Struct, TagOf, Uint32, branch, union
 from blkferry.schema.sockets import SocketAddress, SocketAddressLegacy
 
 
 class NbdServerOptionsBase(Struct):
     """What the NBD server needs to know besides its address."""
 
+    id: Annotated[
+        str | None,
+        Doc(
+            "name of this server, where there are several (default: the one that exports use which name none)",
+            features=(EXTENSION,),
+        ),
+    ] = None
+    tls_creds: Annotated[
+        str | None, Doc("the tls-creds object for TLS, which then is required (default: no TLS)", since="2.6")
+    ] = None
+    tls_authz: Annotated[
+        str | None,
+        Doc(
+            "the authz object that a client's certificate is checked with; as long as there is none of this name, "
+            "nobody is let in (default: every certificate that is valid)",
+            since="4.0",
+        ),
+    ] = None
     max_connections: Annotated[
         Uint32, Doc("clients at the same time; 0 is unlimited, 1 tells clients not to share", since="5.2")
     ] = 0
@@ -32,6 +50,37 @@ class NbdServerStart(NbdServerOptionsBase):
     """Arguments of nbd-server-start, which takes the legacy form of the address."""
 
     addr: Annotated[SocketAddressLegacy, Doc("the address to listen on", since="1.3")]
+
+
+class NbdServerStop(Struct):
+    """Arguments of nbd-server-stop."""
+
+    id: Annotated[str | None, Doc("the server to stop (default: the one without a name)", features=(EXTENSION,))] = None
+
+
+class NbdServerInfo(Struct):
+    """An NBD server, as query-nbd-servers lists it."""
+
+    id: Annotated[str | None, Doc("name of the server; the one that exports use which name none has none")] = None
+    addresses: Annotated[list[SocketAddress], Doc("where it listens, with the ports that the kernel chose")]
+    uris: Annotated[list[str], Doc("where clients find its default export, for addresses that can be written so")]
+    tls_creds: Annotated[str | None, Doc("the tls-creds object it uses")] = None
+    tls_authz: Annotated[str | None, Doc("the authz object that certificates are checked with")] = None
+    max_connections: Annotated[Uint32, Doc("clients at the same time; 0 is unlimited", always=True)] = 0
+    connections: Annotated[int, Doc("clients now, those that have not chosen an export included")]
+    exports: Annotated[list[str], Doc("the names it offers")]
+
+
+class NbdServerAdd(Struct):
+    """Arguments of nbd-server-add."""
+
+    device: Annotated[str, Doc("the node to export")]
+    name: Annotated[
+        str | None, Doc("the name clients ask for, and the id of the export (default: device)", since="2.12")
+    ] = None
+    description: Annotated[str | None, Doc("free text for clients, at most 4096 bytes", since="5.0")] = None
+    writable: Annotated[bool, Doc("clients may write, if the node can be written")] = False
+    bitmap: Annotated[str | None, Doc("a dirty bitmap that clients may ask for", since="4.0")] = None
 
 
 Iothreads = Annotated[str | list[str], Named("BlockExportIothreads")]
@@ -64,6 +113,9 @@ class BlockExportOptionsNbd(BlockExportOptions):
     type: Literal["nbd"] = "nbd"
     name: Annotated[str | None, Doc("the name clients ask for (default: the node's name)", since="5.2")] = None
     description: Annotated[str | None, Doc("free text for clients, at most 4096 bytes", since="5.2")] = None
+    server: Annotated[
+        str | None, Doc("the NBD server that offers it (default: the one without a name)", features=(EXTENSION,))
+    ] = None
 
 
 class BlockExportRemoveMode(enum.StrEnum):
@@ -82,6 +134,25 @@ class BlockExportDel(Struct):
     )
 
 
+class NbdServerRemove(Struct):
+    """Arguments of nbd-server-remove."""
+
+    name: Annotated[str, Doc("the id of the export to remove")]
+    mode: Annotated[BlockExportRemoveMode, Doc("safe refuses while clients are connected, hard disconnects them")] = (
+        BlockExportRemoveMode.SAFE
+    )
+
+
+class BlockExportClient(Struct):
+    """A client of an export. Everything is counted from the end of its handshake, in bytes as they go over the wire."""
+
+    peer: Annotated[str, Doc("its address, or the process at the other end of a unix socket")]
+    identity: Annotated[str | None, Doc("who it is by TLS: the name of its certificate, or of its key")] = None
+    requests: Annotated[int, Doc("requests it has made")]
+    received: Annotated[int, Doc("bytes received from it")]
+    sent: Annotated[int, Doc("bytes sent to it")]
+
+
 class BlockExportInfo(Struct):
     """An export, as query-block-exports lists it."""
 
@@ -89,6 +160,7 @@ class BlockExportInfo(Struct):
     type: Annotated[str, TagOf(BlockExportOptions), Doc("the kind of export")]
     node_name: Annotated[str, Doc("the exported node")]
     shutting_down: Annotated[bool, Doc("whether it is being removed")]
+    clients: Annotated[list[BlockExportClient], Doc("who uses it now", features=(EXTENSION,))]
 
 
 class BlockExportDeleted(Struct):
@@ -99,7 +171,22 @@ class BlockExportDeleted(Struct):
 
 COMMANDS = (
     Command("nbd-server-start", "Start the NBD server.", NbdServerStart, since="1.3"),
-    Command("nbd-server-stop", "Stop the NBD server and remove its exports.", since="1.3"),
+    Command(
+        "nbd-server-add",
+        "Export a node over NBD, with its name as the id.",
+        NbdServerAdd,
+        since="1.3",
+        features=(DEPRECATED,),
+    ),
+    Command(
+        "nbd-server-remove",
+        "Begin to remove an NBD export by its id.",
+        NbdServerRemove,
+        since="2.12",
+        features=(DEPRECATED,),
+    ),
+    Command("nbd-server-stop", "Stop an NBD server and remove its exports.", NbdServerStop, since="1.3"),
+    Command("query-nbd-servers", "List the NBD servers.", returns=list[NbdServerInfo], features=(EXTENSION,)),
     Command("block-export-add", "Export a node.", BlockExportOptions, since="5.2"),
     Command(
         "block-export-del",

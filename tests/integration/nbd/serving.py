@@ -52,7 +52,7 @@ def in_flight(daemon) -> dict[str, int]:
     counts = {"buffers": daemon.services.buffers.used}
     if daemon.nbd_server is not None:
         counts["connections"] = daemon.nbd_server._connections
-        counts["negotiating"] = len(daemon.nbd_server._negotiating)
+        counts["negotiating"] = len(daemon.nbd_server._lobby)
         for export in daemon.nbd_server.exports:
             counts[f"clients of {export.name}"] = len(export.clients)
             counts[f"requests of {export.name}"] = export.root.in_flight.count

@@ -12,7 +12,7 @@ import pytest
 from serving import SIZE, eventually, in_flight
 
 from blkferry.exports.nbd.limits import MAX_IN_FLIGHT, MAX_IN_FLIGHT_BYTES, TURN_BYTES
-from blkferry.exports.nbd.server import MAX_NEGOTIATING
+from blkferry.exports.nbd.lobby import MOST
 from blkferry.plane.services import BUFFER_LIMIT, MAX_SLOTS
 from blkferry.schema.control import MonitorOptions
 from blkferry.schema.visit import visit
@@ -85,7 +85,7 @@ def test_a_client_that_takes_no_replies_in_the_handshake(served):
             while sent < 64 << 20:
                 sent += client.sock.send(asking)
         assert sent < 8 << 20, "the daemon took options whose replies nobody takes"
-        (negotiation,) = served.inside(lambda d: list(d.nbd_server._negotiating))
+        (negotiation,) = served.inside(lambda d: list(d.nbd_server._lobby))
         assert negotiation._machine.outgoing_size + len(negotiation._unsent) < 1 << 20
         served_meanwhile = served.client()
         assert served_meanwhile.read(8000, 8) == expected(8000, 8)
@@ -106,11 +106,11 @@ def test_slow_haggling_is_cut():
 def test_a_flood_of_silent_connections(served):
     silent = []
     kept = served.client()
-    for _ in range(MAX_NEGOTIATING + 50):
+    for _ in range(MOST + 50):
         sock = socket.socket(socket.AF_UNIX)
         sock.connect(served.daemon.socket)
         silent.append(sock)
-    eventually(lambda: served.inside(lambda d: len(d.nbd_server._negotiating)) == MAX_NEGOTIATING)
+    eventually(lambda: served.inside(lambda d: len(d.nbd_server._lobby)) == MOST)
     with served.client() as late:
         assert late.read(8000, 8) == kept.read(8000, 8) == expected(8000, 8)
     kept.close()

@@ -300,8 +300,8 @@ def test_nesting_is_bounded():
 def test_dump_keeps_the_tag_and_leaves_out_defaults():
     assert dump(BlockExportOptionsNbd(id="e", node_name="n")) == EXPORT
     assert dump(BlockExportDel(id="e", mode=BlockExportRemoveMode.HARD)) == {"id": "e", "mode": "hard"}
-    assert dump([BlockExportInfo(id="e", type="nbd", node_name="n", shutting_down=False)]) == [
-        {"id": "e", "type": "nbd", "node-name": "n", "shutting-down": False}
+    assert dump([BlockExportInfo(id="e", type="nbd", node_name="n", shutting_down=False, clients=[])]) == [
+        {"id": "e", "type": "nbd", "node-name": "n", "shutting-down": False, "clients": []}
     ]
 
 

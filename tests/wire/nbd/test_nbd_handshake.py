@@ -666,3 +666,82 @@ def test_junk_gives_replies_or_a_closed_state_and_never_an_exception(pieces):
         assert reply.kind in {*Rep, *RepError}
     if answers:
         assert state is State.DONE, "only the answer to EXPORT_NAME is not an option reply"
+
+
+# --- TLS ------------------------------------------------------------------------------------------
+
+
+class SecureClient(Client):
+    """A client of a server that requires TLS."""
+
+    def __init__(self, *exports, flags=BOTH):
+        self.shelf = Shelf(list(exports) or [DISK, PLAIN])
+        self.machine = Handshake(self.shelf, tls_required=True)
+        self.incoming = bytearray(self.drain())
+        take_greeting(self.incoming)
+        self.machine.receive(build_flags(flags))
+
+    def secure(self, denial=""):
+        self.ack(Opt.STARTTLS)
+        assert self.machine.state is State.STARTTLS
+        self.machine.secured(denial)
+
+
+@pytest.mark.parametrize("option", [*set(Opt) - {Opt.EXPORT_NAME, Opt.ABORT, Opt.STARTTLS}, 4, 99])
+def test_before_tls_nothing_is_answered_or_remembered(option):
+    client = SecureClient()
+    text = f"Option {int(option):#x} not permitted before TLS"
+    for payload in (b"", build_info("disk"), bytes(5000)):
+        (reply,) = client.send(option, payload)
+        assert (reply.kind, reply.text) == (RepError.TLS_REQD, text)
+        assert client.machine.state is State.OPTION
+    client.secure()
+    client.send(Opt.GO, build_info("disk"))
+    assert client.machine.result.mode is Mode.SIMPLE
+    assert client.machine.result.contexts == ()
+
+
+def test_before_tls_an_export_name_ends_the_session():
+    client = SecureClient()
+    assert client.send(Opt.EXPORT_NAME, b"disk") == []
+    assert client.machine.state is State.CLOSED
+    assert client.machine.closed_reason == "Option 0x1 not permitted before TLS"
+
+
+def test_before_tls_abort_is_refused_and_obeyed():
+    client = SecureClient()
+    (reply,) = client.send(Opt.ABORT)
+    assert reply.kind == RepError.TLS_REQD
+    assert client.machine.state is State.CLOSED
+
+
+def test_tls_begins_once():
+    client = SecureClient()
+    assert client.send(Opt.STARTTLS, b"?")[0].kind == RepError.INVALID
+    client.secure()
+    assert client.refusal(Opt.STARTTLS) == (RepError.INVALID, "TLS already enabled")
+    assert client.ack(Opt.LIST)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_nothing_that_came_before_tls_is_taken_for_something_secure(at_once):
+    """An attacker between the two must not be able to slip in an option in the clear (RFC 3207, section 6)."""
+    client = SecureClient()
+    starttls, slipped_in = build_option(Opt.STARTTLS), build_option(Opt.LIST)
+    if at_once:
+        client.send_raw(starttls + slipped_in)
+    else:
+        client.send_raw(starttls)
+        client.send_raw(slipped_in)
+    assert client.machine.state is State.CLOSED
+    assert client.machine.closed_reason == "the client did not wait for the answer to STARTTLS"
+
+
+def test_whoever_is_denied_is_told_and_gets_nothing():
+    client = SecureClient()
+    client.secure("'CN=mallory' is not allowed to use this server")
+    for option, payload in ((Opt.LIST, b""), (Opt.STRUCTURED_REPLY, b""), (Opt.GO, build_info("disk")), (99, b"")):
+        (reply,) = client.send(option, payload)
+        assert (reply.kind, reply.text) == (RepError.POLICY, "'CN=mallory' is not allowed to use this server")
+    assert client.send(Opt.EXPORT_NAME, b"disk") == []
+    assert client.machine.state is State.CLOSED

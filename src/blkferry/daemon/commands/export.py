@@ -6,7 +6,18 @@ from typing import TYPE_CHECKING
 
 from blkferry.daemon.commands import command
 from blkferry.errors import Error, ErrorKind
-from blkferry.schema.export import BlockExportDel, BlockExportInfo, BlockExportOptions, NbdServerStart
+from blkferry.exports.nbd import NbdExport
+from blkferry.schema.export import (
+    BlockExportDel,
+    BlockExportInfo,
+    BlockExportOptions,
+    BlockExportOptionsNbd,
+    NbdServerAdd,
+    NbdServerInfo,
+    NbdServerRemove,
+    NbdServerStart,
+    NbdServerStop,
+)
 
 if TYPE_CHECKING:
     from blkferry.daemon.daemon import Daemon
@@ -14,18 +25,39 @@ if TYPE_CHECKING:
 
 @command("nbd-server-start")
 async def nbd_server_start(daemon: Daemon, arguments: NbdServerStart) -> None:
-    await daemon.start_nbd_server(
-        arguments.addr,
-        max_connections=arguments.max_connections,
-        handshake_seconds=arguments.handshake_max_seconds,
-    )
+    await daemon.nbd_servers.start(arguments.addr, arguments)
 
 
 @command("nbd-server-stop")
-async def nbd_server_stop(daemon: Daemon, arguments: None) -> None:
+async def nbd_server_stop(daemon: Daemon, arguments: NbdServerStop) -> None:
+    if not await daemon.nbd_servers.stop(arguments.id):
+        daemon.nbd_servers.get(arguments.id)  # says that it does not run
+
+
+@command("query-nbd-servers")
+async def query_nbd_servers(daemon: Daemon, arguments: None) -> list[NbdServerInfo]:
     del arguments
-    if not await daemon.stop_nbd_server():
-        raise Error(ErrorKind.NOT_FOUND, "NBD server not running")
+    return daemon.nbd_servers.query()
+
+
+@command("nbd-server-add")
+async def nbd_server_add(daemon: Daemon, arguments: NbdServerAdd) -> None:
+    name = arguments.name if arguments.name is not None else arguments.device
+    options = BlockExportOptionsNbd(
+        id=name,
+        node_name=arguments.device,
+        name=name,
+        description=arguments.description,
+        writable=arguments.writable and not daemon.graph.find(arguments.device).read_only,
+    )
+    await daemon.exports.add(options)
+
+
+@command("nbd-server-remove")
+async def nbd_server_remove(daemon: Daemon, arguments: NbdServerRemove) -> None:
+    if not isinstance(daemon.exports.get(arguments.name), NbdExport):
+        raise Error(ErrorKind.INVALID_ARGUMENT, f"Block export '{arguments.name}' is not an NBD export")
+    await daemon.exports.remove(arguments.name, arguments.mode)
 
 
 @command("block-export-add")

@@ -42,6 +42,7 @@ from blkferry.plane.drain import InFlight
 from blkferry.plane.loops import ended_unseen
 from blkferry.plane.outbox import Outbox
 from blkferry.plane.syscalls import queued_bytes
+from blkferry.plane.tls import TlsSocket
 from blkferry.wire.nbd import transmission as wire
 from blkferry.wire.nbd.constants import Errno
 from blkferry.wire.nbd.handshake import Negotiated
@@ -55,17 +56,20 @@ log = logging.getLogger(__name__)
 class NbdClient:
     """One connection in its transmission phase; owned by the loop of the export's node.
 
-    `on_closed` is called once, on that loop, when the socket is closed and nothing is in flight any more.
+    `on_closed` is called once, on that loop, when the socket is closed and nothing is in flight any more. `identity` is
+    who the client is by TLS. `requests` and `received` (bytes) count what came since the handshake, `outbox.sent` what
+    went.
     """
 
     def __init__(
         self,
         export: NbdExport,
-        sock: socket.socket,
+        sock: socket.socket | TlsSocket,
         negotiated: Negotiated,
         leftover: bytes,
         peer: str,
         on_closed: Callable[[NbdClient], None],
+        identity: str = "",
     ) -> None:
         self.export = export
         self.root = export.root
@@ -73,10 +77,14 @@ class NbdClient:
         self.mode = negotiated.mode
         self.contexts = negotiated.contexts
         self.peer = peer
+        self.identity = identity
+        self.requests = 0
+        self.received = 0
         self.size = export.size
         self.read_only = not export.options.writable
         self.selected = tuple(number for number, _ in negotiated.contexts)
         self._sock = sock
+        self._tls = sock if isinstance(sock, TlsSocket) else None
         self._fd = sock.fileno()
         self._on_closed = on_closed
         self._stash = bytes(leftover)
@@ -162,6 +170,10 @@ class NbdClient:
         self.closed = self.ending = True
         if why:
             log.info("%s: export '%s': disconnecting: %s", self.peer, self.export.name, why)
+        log.info(
+            "%s: export '%s': gone after %d requests, %d bytes received and %d sent",
+            *(self.peer, self.export.name, self.requests, self.received, self.outbox.sent),
+        )
         self._stop_reading()
         self.outbox.broken = True
         self.outbox.discard()
@@ -201,6 +213,8 @@ class NbdClient:
         if not self._reading:
             self._reading = True
             self.services.loop.add_reader(self._fd, self._readable)
+            if self._has_more():
+                self.services.loop.call_soon(self._readable_still)
 
     def must_wait(self) -> bool:
         if self.outbox.blocked or self.in_flight.count >= MAX_IN_FLIGHT or self._in_flight_bytes >= MAX_IN_FLIGHT_BYTES:
@@ -242,8 +256,9 @@ class NbdClient:
         if not count:
             self._hang_up(have)
             return False
+        self.received += count
         self._moderate(turn.serve(self, scratch, have + count))
-        return self._reading and (bool(self._stash) or self.payload is not None)
+        return self._reading and (bool(self._stash) or self.payload is not None or self._has_more())
 
     def _moderate(self, requests: int) -> None:
         """Let a client that streams small requests gather some more of them, and wait for one that is prompt.
@@ -269,6 +284,10 @@ class NbdClient:
             while not queued_bytes(self._fd) and not self._polled_in_vain:
                 self._polled_in_vain = time.monotonic() - now > longest
 
+    def _has_more(self) -> bool:
+        """Whether there are bytes that the socket will not tell of."""
+        return self._tls is not None and self._tls.ready
+
     def _hang_up(self, unparsed: int) -> None:
         """The client closed its side: requests in flight run to their end, there is nobody to answer."""
         self.close("the client went away in the middle of a request" if unparsed else "the client went away")
@@ -276,7 +295,7 @@ class NbdClient:
     def _look_again(self) -> None:
         """More is needed: make sure that the end is seen if this was the last the loop will tell us."""
         self._peer_gone = self._peer_gone or ended_unseen(self._sock)
-        if self._peer_gone:
+        if self._peer_gone or self._has_more():
             self.services.loop.call_soon(self._readable_still)
 
     def _readable_still(self) -> None:
@@ -293,6 +312,7 @@ class NbdClient:
         if not count:
             self._hang_up(1)
             return False
+        self.received += count
         payload.have += count
         if payload.have == payload.length:
             self.payload = None

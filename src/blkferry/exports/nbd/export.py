@@ -12,7 +12,8 @@ from blkferry.exports.nbd.places import Places
 from blkferry.exports.nbd.server import NbdServer
 from blkferry.graph.permissions import ALL, Permission
 from blkferry.graph.root import Root
-from blkferry.schema.export import BlockExportOptions, BlockExportOptionsNbd
+from blkferry.plane.tls import TlsSocket
+from blkferry.schema.export import BlockExportClient, BlockExportOptions, BlockExportOptionsNbd
 from blkferry.units import SECTOR, align_down
 from blkferry.wire.nbd.constants import (
     CONTEXT_BASE_ALLOCATION,
@@ -51,11 +52,8 @@ class NbdExport(Export):
         return used, ALL & ~Permission.RESIZE  # clients cannot be told of a new size
 
     async def start(self) -> None:
-        server = self.host.service("nbd-server")
-        if server is None:
-            raise Error(
-                ErrorKind.NOT_FOUND, "NBD server not running", hint="Start it first (nbd-server-start, --nbd-server)."
-            )
+        assert isinstance(self.options, BlockExportOptionsNbd)
+        server = self.host.service("nbd-server", self.options.server)
         assert isinstance(server, NbdServer)
         for what, text in (("export name", self.name), ("description", self.description)):
             if len(text.encode()) > MAX_STRING:
@@ -95,9 +93,11 @@ class NbdExport(Export):
         """The node says that earlier lookups are void."""
         self.places.retired(start, end)
 
-    def admit(self, sock: socket.socket, negotiated: Negotiated, leftover: bytes, peer: str) -> None:
+    def admit(
+        self, sock: socket.socket | TlsSocket, negotiated: Negotiated, leftover: bytes, peer: str, identity: str
+    ) -> None:
         """Serve a client that finished its handshake. Called on the main loop, which counts the client from now on."""
-        client = NbdClient(self, sock, negotiated, leftover, peer, self._client_closed)
+        client = NbdClient(self, sock, negotiated, leftover, peer, self._client_closed, identity)
         self.clients.add(client)
         self.root.services.loop.call_soon_threadsafe(client.resume)
 
@@ -107,6 +107,18 @@ class NbdExport(Export):
     def _forget(self, client: NbdClient) -> None:
         self.clients.discard(client)
         self.server.connection_closed()
+
+    def connected(self) -> list[BlockExportClient]:
+        return [
+            BlockExportClient(
+                peer=client.peer,
+                identity=client.identity or None,
+                requests=client.requests,
+                received=client.received,
+                sent=client.outbox.sent,
+            )
+            for client in self.clients
+        ]
 
     async def drain(self) -> None:
         """Let clients finish what they have asked for; cancel this to lose patience. Called on the node's loop."""

@@ -9,37 +9,34 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-import os
 import socket
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from blkferry.errors import Error, ErrorKind
-from blkferry.plane.loops import ended_unseen
-from blkferry.wire.nbd.handshake import ExportInfo, Handshake, State
+from blkferry.exports.nbd import lobby
+from blkferry.exports.nbd.lobby import Lobby
+from blkferry.exports.nbd.negotiation import Negotiation
+from blkferry.exports.nbd.security import Security
+from blkferry.wire.nbd.handshake import ExportInfo
 
 if TYPE_CHECKING:
     from blkferry.exports.nbd.export import NbdExport
 
 log = logging.getLogger(__name__)
 
-ACCEPTS_PER_TURN = 64
+ACCEPTS_PER_TURN = 16
 """So that a flood of connections does not starve those who are served."""
-
-MAX_NEGOTIATING = 256
-"""Clients that have not chosen an export yet. Beyond it the oldest makes room: whoever is served keeps being served."""
 
 RETRY_SECONDS = 1.0
 """How long to wait with accepting when the process is out of descriptors."""
-
-_RECEIVE = 64 << 10
 
 
 class NbdServer:
     """Serves exports on sockets that listen already. 0 means unlimited `max_connections` and `handshake_seconds`.
 
-    While it is `held`, clients wait in the kernel's backlog.
+    `name` is empty for the server that exports use which name none. Without `security` there is no TLS. While it is
+    `held`, clients wait in the kernel's backlog.
     """
 
     def __init__(
@@ -48,14 +45,18 @@ class NbdServer:
         *,
         max_connections: int = 0,
         handshake_seconds: int = 10,
+        name: str = "",
+        security: Security | None = None,
         held: bool = False,
     ) -> None:
+        self.name = name
+        self.security = security
         self.loop = asyncio.get_running_loop()
         self.sockets = list(sockets)
         self.max_connections = max_connections
         self._handshake_seconds = handshake_seconds
         self._exports: dict[str, NbdExport] = {}
-        self._negotiating: dict[_Negotiation, None] = {}  # in the order they came
+        self._lobby = Lobby(self.loop.time)
         self._connections = 0
         self._accepting = False
         self._closed = False
@@ -93,8 +94,8 @@ class NbdServer:
 
     # Connections -----------------------------------------------------------------------------------------------
 
-    def _listen(self) -> None:
-        if not self._accepting and not self._held and not self._closed and not self._full():
+    def _listen(self, *, even_if_full: bool = False) -> None:
+        if not self._accepting and not self._held and not self._closed and (even_if_full or not self._full()):
             self._accepting = True
             for listener in self.sockets:
                 self.loop.add_reader(listener.fileno(), self._accept, listener)
@@ -111,13 +112,16 @@ class NbdServer:
                 self.loop.remove_reader(listener.fileno())
 
     def _full(self) -> bool:
-        return bool(self.max_connections) and self._connections >= self.max_connections
+        return (0 < self.max_connections <= self._connections) or len(self._lobby) >= lobby.MOST
 
     def _accept(self, listener: socket.socket) -> None:
-        for _ in range(ACCEPTS_PER_TURN):
+        for attempt in range(ACCEPTS_PER_TURN):
             if self._full():
-                self._ignore()  # further clients wait in the kernel's backlog, as QEMU's do
-                return
+                # Only the first time it is certain that somebody waits.
+                wait = 0.0 if attempt else self._lobby.make_room()
+                if attempt or wait != 0.0:
+                    self._let_wait(wait)
+                    return
             try:
                 sock, address = listener.accept()
             except BlockingIOError:
@@ -125,28 +129,41 @@ class NbdServer:
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
                     log.warning("cannot accept clients for a while: %s", error.strerror)
-                    self._ignore()
-                    self.loop.call_later(RETRY_SECONDS, self._listen)
+                    self._let_wait(RETRY_SECONDS)
                     return
                 continue  # that client is gone already
             self._connections += 1
-            _Negotiation(self, sock, _describe(sock, address))
+            negotiation = Negotiation(self, sock, address)
+            self._lobby.enter(negotiation)
+            negotiation.start()
 
-    def negotiation_begun(self, negotiation: _Negotiation) -> None:
-        if len(self._negotiating) >= MAX_NEGOTIATING:
-            next(iter(self._negotiating)).close("it made room for others before it had chosen an export")
-        self._negotiating[negotiation] = None
+    def _let_wait(self, seconds: float | None) -> None:
+        """Leave further clients in the kernel's backlog, as QEMU does, until there is room, or may be."""
+        self._ignore()
+        if seconds is not None:
+            self.loop.call_later(seconds, self._listen_again)
 
-    def negotiation_ended(self, negotiation: _Negotiation) -> None:
-        self._negotiating.pop(negotiation, None)
+    def _listen_again(self) -> None:
+        self._listen(even_if_full=True)
 
-    def is_negotiating(self, negotiation: _Negotiation) -> bool:
-        return negotiation in self._negotiating
+    def spoke(self, negotiation: Negotiation) -> None:
+        self._lobby.spoke(negotiation)
+
+    def negotiation_ended(self, negotiation: Negotiation) -> None:
+        self._lobby.leave(negotiation)
+
+    def is_negotiating(self, negotiation: Negotiation) -> bool:
+        return negotiation in self._lobby
 
     def connection_closed(self) -> None:
         """One connection less."""
         self._connections -= 1
         self._listen()
+
+    @property
+    def connections(self) -> int:
+        """How many clients are connected, those that negotiate included."""
+        return self._connections
 
     def choose(self, name: str) -> NbdExport | None:
         return self._exports.get(name)
@@ -163,124 +180,5 @@ class NbdServer:
     def close(self) -> None:
         """Stop listening and cut off those who negotiate; exports are removed by the daemon."""
         self.stop_listening()
-        for negotiation in list(self._negotiating):
+        for negotiation in self._lobby:
             negotiation.close("the server is stopping")
-
-
-class _Negotiation:
-    """One client before transmission."""
-
-    def __init__(self, server: NbdServer, sock: socket.socket, peer: str) -> None:
-        self._server = server
-        self._sock = sock
-        self._peer = peer
-        self._machine = Handshake(server)
-        self._unsent = memoryview(b"")
-        self._timer: asyncio.TimerHandle | None = None
-        sock.setblocking(False)
-        if sock.family != socket.AF_UNIX:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        else:
-            _widen(sock)
-        server.negotiation_begun(self)
-        if server.handshake_seconds:
-            self._timer = server.loop.call_later(server.handshake_seconds, self._too_slow)
-        server.loop.add_reader(sock.fileno(), self._readable)
-        self._send()
-
-    def _too_slow(self) -> None:
-        self.close(f"no export chosen within {self._server.handshake_seconds} seconds")
-
-    def _readable(self) -> None:
-        try:
-            data = self._sock.recv(_RECEIVE)
-        except BlockingIOError:
-            return
-        except OSError as error:
-            self.close(error.strerror or "receive failed")
-            return
-        if not data:
-            self.close("")
-            return
-        self._machine.receive(data)
-        self._send()
-        if self._server.is_negotiating(self) and ended_unseen(self._sock):
-            self.close("")
-
-    def _send(self) -> None:
-        """Send what there is to send; read again, or go on to transmission, when all of it is gone."""
-        loop, fd = self._server.loop, self._sock.fileno()
-        while self._unsent or (pending := self._machine.outgoing()):
-            if not self._unsent:
-                self._unsent = memoryview(pending)
-            try:
-                sent = self._sock.send(self._unsent, socket.MSG_NOSIGNAL)
-            except BlockingIOError:
-                loop.remove_reader(fd)
-                loop.add_writer(fd, self._writable)
-                return
-            except OSError:
-                self.close("")
-                return
-            self._unsent = self._unsent[sent:]
-        if self._machine.state is State.CLOSED:
-            self.close(self._machine.closed_reason)
-        elif self._machine.state is State.DONE:
-            self._hand_over()
-
-    def _writable(self) -> None:
-        self._server.loop.remove_writer(self._sock.fileno())
-        self._server.loop.add_reader(self._sock.fileno(), self._readable)
-        self._send()
-
-    def _hand_over(self) -> None:
-        negotiated = self._machine.result
-        assert negotiated is not None
-        export = self._server.choose(negotiated.export)
-        if export is None:
-            self.close("the export it chose has been removed")
-            return
-        self._release()
-        log.info("%s: export '%s': connected", self._peer, export.name)
-        export.admit(self._sock, negotiated, bytes(self._machine.leftover), self._peer)
-
-    def _release(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._server.loop.remove_reader(self._sock.fileno())
-        self._server.loop.remove_writer(self._sock.fileno())
-        self._server.negotiation_ended(self)
-
-    def close(self, why: str) -> None:
-        """End this connection."""
-        if self._sock.fileno() < 0:
-            return
-        if why:
-            log.info("%s: disconnecting during the handshake: %s", self._peer, why)
-        self._release()
-        self._sock.close()
-        self._server.connection_closed()
-
-
-_SO_SNDBUFFORCE = 32
-_UNIX_BUFFER = 2 << 20
-
-
-def _widen(sock: socket.socket) -> None:
-    """Room for a few large replies, so that one fits into the socket whole; the forced form works for root only."""
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _UNIX_BUFFER)
-    except OSError:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_BUFFER)
-
-
-def _describe(sock: socket.socket, address: object) -> str:
-    """Who a client is, for the log: an address, or the process at the other end of a unix socket."""
-    if sock.family == socket.AF_UNIX:
-        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        pid = int.from_bytes(credentials[:4], sys.byteorder)
-        return f"pid {pid}"
-    if isinstance(address, tuple):
-        host, port = address[:2]
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    return os.fsdecode(address) if isinstance(address, bytes) else str(address)

@@ -78,7 +78,7 @@ def serve(client: NbdClient, data: memoryview, end: int) -> int:
     read_head, read_df_head, write_head, unpack, header, data_prefix, pack_data, data_header = codec.FAST[mode]
     preadv, pwritev = os.preadv, os.pwritev
     straight = True
-    written = 0
+    written = carried = 0
     add_piece, add_spot, spots = replies.pieces.append, replies.spots.append, replies.spots
     pos = filled = begun = 0
     budget = TURN_BYTES
@@ -239,20 +239,24 @@ def serve(client: NbdClient, data: memoryview, end: int) -> int:
             client.lost_step(head, request)
             return 0
         budget -= length
-        pos = requests.dispatch(client, data, pos + header, end, request)
+        after = requests.dispatch(client, data, pos + header, end, request)
+        carried += after - pos - header
+        pos = after
         bits = places.bits
         if client.closed or client.ending:
+            client.requests += (pos - written - carried) // header
             return 0
         if client.payload is not None:
             break
     replies.send(begun, filled)
+    requests_served = (pos - written - carried) // header
     if written:
         now = time.monotonic()
         stalled = now - started
-        if stalled > STALL_SECONDS + (pos - written) // header * WRITE_SECONDS:
+        if stalled > STALL_SECONDS + requests_served * WRITE_SECONDS:
             throttled.inline_writes_from = now + STALL_PENALTY * stalled
+    client.requests += requests_served
     client.turn_over(data[pos:end], more=end - pos >= header)
-    requests_served = (pos - written) // header
     return requests_served if straight and (not written or requests_served == 1) else 0
 
 

@@ -1,7 +1,8 @@
 """The server's side of option haggling: bytes in, bytes out, until an export is chosen or the session ends.
 
 It knows neither sockets, timers nor nodes: the transport moves the bytes and cuts a client that haggles too
-long, a `Directory` says which exports there are. TLS is not here yet; STARTTLS is answered "not configured".
+long, a `Directory` says which exports there are. TLS is the transport's, too: in state STARTTLS it makes the connection
+secure and says so (`secured`). Where TLS is required there is nothing else to be had before it (FORCEDTLS).
 
 Invariants: no bytes a client sends raise an exception. Every option's payload is consumed exactly or the
 option is refused, and its reply does not depend on how the bytes were split. An unauthenticated client cannot
@@ -111,6 +112,7 @@ class Negotiated:
 class State(enum.Enum):
     CLIENT_FLAGS = "waits for the client's flags"
     OPTION = "waits for the header of an option"
+    STARTTLS = "waits for the transport to start TLS, once everything is sent"
     PAYLOAD = "waits for the payload of an option"
     SKIPPING = "throws away the payload of an option it will refuse"
     DONE = "transmission may begin"
@@ -124,6 +126,8 @@ class Event(enum.Enum):
     ADMITTED = "an option whose payload is worth reading"
     UNWANTED = "an option whose payload is not"
     ANSWERED = "an option, replied to"
+    SECURING = "the wish for TLS"
+    SECURED = "no bytes: TLS has begun"
     CHOSEN = "an export, agreed on"
     ENDED = "the end of the session"
 
@@ -135,9 +139,12 @@ TRANSITIONS: Final = {
     (State.OPTION, Event.UNWANTED): State.SKIPPING,
     (State.OPTION, Event.ENDED): State.CLOSED,
     (State.PAYLOAD, Event.ANSWERED): State.OPTION,
+    (State.PAYLOAD, Event.SECURING): State.STARTTLS,
     (State.PAYLOAD, Event.CHOSEN): State.DONE,
     (State.PAYLOAD, Event.ENDED): State.CLOSED,
     (State.SKIPPING, Event.ANSWERED): State.OPTION,
+    (State.STARTTLS, Event.SECURED): State.OPTION,
+    (State.STARTTLS, Event.ENDED): State.CLOSED,
 }
 
 
@@ -153,14 +160,18 @@ class _Rule(NamedTuple):
 class Handshake:
     """One client's negotiation. Owned by the thread that owns the connection.
 
-    `state` says where it is, `result` what was agreed once it is DONE, `closed_reason` why it is CLOSED.
+    `tls_required`: the server has credentials, and serves nobody without TLS. `state` says where it is, `result` what
+    was agreed once it is DONE, `closed_reason` why it is CLOSED.
     """
 
-    def __init__(self, directory: Directory) -> None:
+    def __init__(self, directory: Directory, *, tls_required: bool = False) -> None:
         self.state = State.CLIENT_FLAGS
         self.result: Negotiated | None = None
         self.closed_reason = ""
         self._directory = directory
+        self._tls_required = tls_required
+        self._is_secure = False
+        self._denial = ""
         self._incoming = bytearray()
         self._outgoing = bytearray(
             GREETING.pack(INIT_MAGIC, OPTION_MAGIC, HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES)
@@ -186,6 +197,13 @@ class Handshake:
         self._advance()
         return data
 
+    def secured(self, denial: str = "") -> None:
+        """TLS has begun, in state STARTTLS. Whoever is denied gets `denial` as the answer to whatever it asks."""
+        self._is_secure = True
+        self._denial = denial
+        self.state = TRANSITIONS[self.state, Event.SECURED]
+        self._needed = OPTION.size
+
     @property
     def outgoing_size(self) -> int:
         """Bytes that `outgoing` would return now."""
@@ -207,6 +225,9 @@ class Handshake:
                 if self._needed:
                     return
                 event = self._refuse(self._refusal)
+            elif self.state is State.STARTTLS and self._incoming:
+                # They were not encrypted, and must not be taken for something that was.
+                event = self._end("the client did not wait for the answer to STARTTLS")
             elif self.state in self._STEPS and len(self._incoming) >= self._needed:
                 data = bytes(self._incoming[: self._needed])
                 del self._incoming[: self._needed]
@@ -233,16 +254,25 @@ class Handshake:
             return self._end(f"option magic is {magic:#018x} instead of {OPTION_MAGIC:#018x}")
         if self._needed > MAX_OPTION:
             return self._end(f"len ({self._needed}) is larger than max len ({MAX_OPTION})")
+        forbidden = self._forbidden()
         if self._option == Opt.EXPORT_NAME:
+            if forbidden is not None:  # its reply cannot carry an error
+                return self._end(forbidden.text)
             if self._needed > MAX_STRING:
                 return self._end(f"Invalid name length: {self._needed}")
         elif ClientFlag.FIXED_NEWSTYLE not in self._client_flags:
             return self._end(f"option {self._option} without fixed newstyle negotiation")
         elif self._option == Opt.ABORT:  # whatever payload it has is ignored unread
-            self._reply(Opt.ABORT, Rep.ACK)
+            if forbidden is not None:
+                self._refuse(forbidden)
+            else:
+                self._reply(Opt.ABORT, Rep.ACK)
             return self._end("client aborted the negotiation")
         elif self._option == Opt.SET_META_CONTEXT:
             self._contexts = ()  # it replaces the selection before it even when it fails
+        if forbidden is not None:
+            self._refusal = forbidden
+            return Event.UNWANTED
         rule = self._RULES.get(self._option)
         if rule is None:
             self._refusal = Refused(RepError.UNSUP, f"Unsupported option {self._option} (<unknown>)")
@@ -252,6 +282,12 @@ class Handshake:
             self._refusal = Refused(rule.over, f"option '{rule.label}' {fault}")
             return Event.UNWANTED
         return Event.ADMITTED
+
+    def _forbidden(self) -> Refused | None:
+        """What the option is refused with, whatever it says: there is no TLS yet, or its peer is not to be served."""
+        if self._tls_required and not self._is_secure and self._option != Opt.STARTTLS:
+            return Refused(RepError.TLS_REQD, f"Option {self._option:#x} not permitted before TLS")
+        return Refused(RepError.POLICY, self._denial) if self._denial else None
 
     def _take_payload(self, data: bytes) -> Event:
         rule = self._RULES[self._option]
@@ -293,8 +329,13 @@ class Handshake:
         self._reply(option, Rep.ACK)
         return Event.ANSWERED
 
-    def _starttls(self, _option: Opt, _payload: Payload) -> Event:
-        raise Refused(RepError.POLICY, "TLS not configured")
+    def _starttls(self, option: Opt, _payload: Payload) -> Event:
+        if self._is_secure:
+            raise Refused(RepError.INVALID, "TLS already enabled")
+        if not self._tls_required:
+            raise Refused(RepError.POLICY, "TLS not configured")
+        self._reply(option, Rep.ACK)
+        return Event.SECURING
 
     def _info_or_go(self, option: Opt, payload: Payload) -> Event:
         name = payload.name()
