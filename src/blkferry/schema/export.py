@@ -64,6 +64,9 @@ class BlockExportOptionsNbd(BlockExportOptions):
     type: Literal["nbd"] = "nbd"
     name: Annotated[str | None, Doc("the name clients ask for (default: the node's name)", since="5.2")] = None
     description: Annotated[str | None, Doc("free text for clients, at most 4096 bytes", since="5.2")] = None
+    allocation_depth: Annotated[
+        bool, Doc("offer qemu:allocation-depth: which layer of the backing chain has the data", since="5.2")
+    ] = False
 
 
 class BlockExportRemoveMode(enum.StrEnum):

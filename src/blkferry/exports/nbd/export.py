@@ -8,18 +8,14 @@ from typing import ClassVar
 from blkferry.errors import Error, ErrorKind
 from blkferry.exports.base import Export, Host
 from blkferry.exports.nbd.client import NbdClient
+from blkferry.exports.nbd.contexts import Contexts
 from blkferry.exports.nbd.places import Places
 from blkferry.exports.nbd.server import NbdServer
 from blkferry.graph.permissions import ALL, Permission
 from blkferry.graph.root import Root
 from blkferry.schema.export import BlockExportOptions, BlockExportOptionsNbd
 from blkferry.units import SECTOR, align_down
-from blkferry.wire.nbd.constants import (
-    CONTEXT_BASE_ALLOCATION,
-    MAX_REQUEST,
-    MAX_STRING,
-    TransmissionFlag,
-)
+from blkferry.wire.nbd.constants import MAX_REQUEST, MAX_STRING, TransmissionFlag
 from blkferry.wire.nbd.handshake import ExportInfo, Negotiated
 
 PREFERRED_BLOCK = 4096
@@ -44,6 +40,7 @@ class NbdExport(Export):
         self.clients: set[NbdClient] = set()
         self.size = 0
         self.places = Places(root, writable=options.writable)
+        self.contexts = Contexts(root, allocation_depth=options.allocation_depth)
 
     @classmethod
     def permissions(cls, options: BlockExportOptions) -> tuple[Permission, Permission]:
@@ -76,7 +73,7 @@ class NbdExport(Export):
             minimum=minimum,
             preferred=max(PREFERRED_BLOCK, minimum),
             maximum=MAX_REQUEST,
-            contexts=((CONTEXT_BASE_ALLOCATION, "base:allocation"),),
+            contexts=self.contexts.offered,
         )
         server.add(self)
 
