@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
 from pathlib import Path
 
 import pytest
+from served import change, create, daemon_of, mapped, qcow2, spelled
 
 import peers
-from blkferry.testing.daemon import DaemonThread
+from blkferry.errors import Error
 
 pytestmark = peers.requires("qemu-img", "qemu-io", "qemu-storage-daemon", "nbdinfo")
 
@@ -20,77 +18,10 @@ DEPTH = "qemu:allocation-depth"
 K = 1024
 
 
-class TheirDaemon:
-    """The real qemu-storage-daemon, driven like our own."""
-
-    def __init__(self, socket: Path) -> None:
-        self.socket = str(socket)
-        argv = [*peers.peer("qemu-storage-daemon"), "--chardev", "stdio,id=c", "--monitor", "chardev=c"]
-        self._process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._watchdog = threading.Timer(60, self._process.kill)
-        self._watchdog.start()
-        self.execute("qmp_capabilities")
-        self.execute("nbd-server-start", addr={"type": "unix", "data": {"path": self.socket}})
-
-    def execute(self, command: str, **arguments: object) -> object:
-        spelled = {name.replace("_", "-"): value for name, value in arguments.items()}
-        self._process.stdin.write(json.dumps({"execute": command, "arguments": spelled}) + "\n")
-        self._process.stdin.flush()
-        while line := self._process.stdout.readline():
-            answer = json.loads(line) if line.startswith("{") else {}
-            if "return" in answer:
-                return answer["return"]
-            assert "error" not in answer, answer["error"]["desc"]
-        raise AssertionError("qemu-storage-daemon ended")
-
-    def export(self, node: str, name: str = "", export_id: str = "e", **options: object) -> str:
-        self.execute("block-export-add", type="nbd", id=export_id, node_name=node, name=name, **options)
-        return self.socket
-
-    def stop(self) -> None:
-        self._process.communicate(json.dumps({"execute": "quit"}) + "\n", timeout=30)
-        self._watchdog.cancel()
-
-
-@contextmanager
-def daemon_of(whose: str, tmp_path: Path) -> Iterator[DaemonThread | TheirDaemon]:
-    if whose == "ours":
-        with DaemonThread() as daemon:
-            daemon.serve()
-            yield daemon
-        return
-    daemon = TheirDaemon(tmp_path / "theirs.sock")
-    try:
-        yield daemon
-    finally:
-        daemon.stop()
-
-
 @pytest.fixture(params=["ours", "theirs"])
 def daemon(request, tmp_path):
     with daemon_of(request.param, tmp_path) as started:
         yield started
-
-
-def mapped(socket: str, context: str, export: str = "") -> list[tuple[int, int, int]]:
-    """What nbdinfo finds in a context: (offset, length, value)."""
-    done = peers.run("nbdinfo", f"--map={context}", "--json", f"nbd+unix:///{export}?socket={socket}")
-    return [(each["offset"], each["length"], each["type"]) for each in json.loads(done.stdout)]
-
-
-def create(path: Path, size: str, backing: Path | None = None, backing_format: str = "qcow2") -> Path:
-    below = [] if backing is None else ["-b", backing, "-F", backing_format]
-    peers.run("qemu-img", "create", "-f", "qcow2", *below, path, size)
-    return path
-
-
-def change(path: Path, *commands: str) -> None:
-    options = [option for command in commands for option in ("-c", command)]
-    peers.run("qemu-io", "-f", "qcow2", *options, path)
-
-
-def qcow2(path: Path, name: str, **options: object) -> dict[str, object]:
-    return {"driver": "qcow2", "node_name": name, "file": {"driver": "file", "filename": str(path)}} | options
 
 
 @pytest.fixture
@@ -156,3 +87,180 @@ def test_contexts_that_were_not_asked_for_are_not_offered(daemon, chain):
     socket = daemon.export("top", writable=False)
     listed = json.loads(peers.run("nbdinfo", "--json", f"nbd+unix:///?socket={socket}").stdout)
     assert listed["exports"][0]["contexts"] == ["base:allocation"]
+
+
+# Dirty bitmaps ---------------------------------------------------------------------------------------------------
+
+
+BITMAP = "qemu:dirty-bitmap:"
+
+
+@pytest.fixture
+def marked(tmp_path) -> Path:
+    """An image with the bitmaps "fine" (4 KiB), "rough" (64 KiB) and "past", which is disabled."""
+    path = create(tmp_path / "marked.qcow2", "1052672")  # ends within a granule of the rough one
+    peers.run("qemu-img", "bitmap", "--add", "--granularity", "4k", path, "fine")
+    peers.run("qemu-img", "bitmap", "--add", "--granularity", "64k", path, "rough")
+    peers.run("qemu-img", "bitmap", "--add", "--granularity", "64k", path, "past")
+    change(path, "write 128k 64k")
+    peers.run("qemu-img", "bitmap", "--disable", path, "past")
+    change(path, "write 0 512", "write 8k 4k", "write 1048576 512")
+    return path
+
+
+FINE = [
+    (0, 4 * K, 1),
+    (4 * K, 4 * K, 0),
+    (8 * K, 4 * K, 1),
+    (12 * K, 116 * K, 0),
+    (128 * K, 64 * K, 1),
+    (192 * K, 832 * K, 0),
+    (1024 * K, 4 * K, 1),
+]
+ROUGH = [(0, 64 * K, 1), (64 * K, 64 * K, 0), (128 * K, 64 * K, 1), (192 * K, 832 * K, 0), (1024 * K, 4 * K, 1)]
+PAST = [(0, 128 * K, 0), (128 * K, 64 * K, 1), (192 * K, 836 * K, 0)]
+
+
+def test_bitmaps_say_what_was_written(daemon, marked):
+    daemon.execute("blockdev-add", **qcow2(marked, "m"))
+    names = ["rough", {"node": "m", "name": "fine"}, "past"]
+    socket = daemon.export("m", writable=True, bitmaps=names, allocation_depth=True)
+    listed = json.loads(peers.run("nbdinfo", "--json", f"nbd+unix:///?socket={socket}").stdout)
+    assert listed["exports"][0]["contexts"] == [
+        "base:allocation",
+        DEPTH,
+        *(BITMAP + name for name in ("rough", "fine", "past")),
+    ]
+    assert mapped(socket, BITMAP + "fine") == FINE
+    assert mapped(socket, BITMAP + "rough") == ROUGH
+    assert mapped(socket, BITMAP + "past") == PAST
+
+
+def test_bitmaps_that_are_enabled_go_on_recording(daemon, marked):
+    daemon.execute("blockdev-add", **qcow2(marked, "m", discard="unmap"))
+    socket = daemon.export("m", writable=True, bitmaps=["rough", "past"])
+    uri = f"nbd+unix:///?socket={socket}"
+    peers.run("qemu-io", "-f", "raw", "-c", "write 512k 4k", "-c", "write -z 640k 4k", "-c", "discard 768k 64k", uri)
+    recorded = [(512 * K, 64 * K, 1), (640 * K, 64 * K, 1), (768 * K, 64 * K, 1)]
+    assert [each for each in mapped(socket, BITMAP + "rough") if each[2] and each not in ROUGH] == recorded
+    assert mapped(socket, BITMAP + "past") == PAST
+
+
+def test_bitmaps_of_backing_files_are_found_and_stay_with_their_node(daemon, marked, tmp_path):
+    daemon.execute("blockdev-add", **qcow2(marked, "m"))
+    overlay = create(tmp_path / "overlay.qcow2", "2M")
+    daemon.execute("blockdev-add", **qcow2(overlay, "overlay"))
+    socket = daemon.export("m", writable=True, bitmaps=["rough"])
+    daemon.execute("blockdev-snapshot", node="m", overlay="overlay")
+    peers.run("qemu-io", "-f", "raw", "-c", "write 512k 64k", f"nbd+unix:///?socket={socket}")
+    assert mapped(socket, BITMAP + "rough") == ROUGH  # the write went to the overlay
+    daemon.export("overlay", "longer", "longer", writable=True, bitmaps=["past"])
+    assert mapped(socket, BITMAP + "past", "longer") == [*PAST[:-1], (192 * K, 2048 * K - 192 * K, 0)]
+
+
+def test_an_exported_bitmap_goes_on_when_its_node_is_reopened(daemon, marked):
+    options = qcow2(marked, "m")
+    daemon.execute("blockdev-add", **options)
+    socket = daemon.export("m", writable=True, bitmaps=["rough"])
+    daemon.execute("blockdev-reopen", options=[spelled(options | {"lazy_refcounts": True})])
+    peers.run("qemu-io", "-f", "raw", "-c", "write 512k 4k", f"nbd+unix:///?socket={socket}")
+    assert (512 * K, 64 * K, 1) in mapped(socket, BITMAP + "rough")
+    with pytest.raises(Error, match="Bitmap 'rough' is currently in use"):
+        daemon.export("m", "f", "f", writable=True, bitmaps=["rough"])
+
+
+def test_qemu_img_maps_by_a_bitmap(daemon, marked):
+    daemon.execute("blockdev-add", **qcow2(marked, "m"))
+    socket = daemon.export("m", writable=True, bitmaps=["fine"])
+    options = f"driver=nbd,server.type=unix,server.path={socket},x-dirty-bitmap={BITMAP}fine"
+    done = peers.run("qemu-img", "map", "--output=json", "--image-opts", options)
+    found = [(each["start"], each["length"], int(not each["data"])) for each in json.loads(done.stdout)]
+    assert found == FINE  # qemu-img calls dirty ranges holes
+
+
+LIBNBD = """
+import nbd, sys
+socket, extended = sys.argv[1], sys.argv[2] == "64"
+h = nbd.NBD()
+h.set_request_extended_headers(extended)
+for context in ("base:allocation", "qemu:dirty-bitmap:fine", "qemu:dirty-bitmap:past"):
+    h.add_meta_context(context)
+h.connect_unix(socket)
+assert h.get_extended_headers_negotiated() == extended
+seen = {}
+def extent(context, offset, entries, error):
+    seen.setdefault(context, []).append((offset, [tuple(each) for each in entries]))
+def extent32(context, offset, entries, error):
+    extent(context, offset, zip(entries[::2], entries[1::2]), error)
+h.block_status_64(1052672, 0, extent) if extended else h.block_status(1052672, 0, extent32)
+assert seen["qemu:dirty-bitmap:fine"] == [(0, FINE)], seen
+assert seen["qemu:dirty-bitmap:past"] == [(0, [(131072, 0), (65536, 1), (856064, 0)])], seen
+assert set(seen) == {"base:allocation", "qemu:dirty-bitmap:fine", "qemu:dirty-bitmap:past"}
+seen.clear()
+h.block_status_64(1052672 - 10000, 10000, extent, nbd.CMD_FLAG_REQ_ONE)
+assert seen["qemu:dirty-bitmap:fine"] == [(10000, [(2288, 1)])], seen
+if extended:
+    seen.clear()
+    h.block_status_filter(65536, 131072, ["qemu:dirty-bitmap:past"], extent)
+    assert seen == {"qemu:dirty-bitmap:past": [(131072, [(65536, 1)])]}, seen
+print("fine")
+"""
+
+
+@pytest.mark.parametrize("bits", ["32", "64"])
+@peers.requires(peers.LIBNBD)
+def test_libnbd_sees_the_same_in_all_forms(daemon, marked, bits):
+    daemon.execute("blockdev-add", **qcow2(marked, "m"))
+    socket = daemon.export("m", writable=True, bitmaps=["fine", "past"])
+    expected = [(length, value) for _, length, value in FINE]
+    done = peers.libnbd_script(LIBNBD.replace("FINE", repr(expected)), socket, bits)
+    assert done.stdout == "fine\n"
+
+
+# What cannot be exported -----------------------------------------------------------------------------------------
+
+
+REFUSED = [
+    ({"bitmaps": ["nothing"]}, "Bitmap 'nothing' is not found"),
+    ({"bitmaps": ["past", "fine"]}, "Enabled bitmap 'fine' incompatible with readonly export"),
+    ({"bitmaps": [{"node": "nobody", "name": "fine"}]}, "Node 'nobody' not found"),
+    ({"bitmaps": [{"node": "m", "name": "nothing"}]}, "Dirty bitmap 'nothing' not found"),
+    ({"bitmaps": ["nothing"], "name": "taken"}, "NBD server already has export named 'taken'"),
+    (
+        {"bitmaps": ["past", "rough"], "writable": True},
+        "Bitmap 'rough' is currently in use by another operation and cannot be used",
+    ),
+    (
+        {"bitmaps": [{"node": "m", "name": "rough"}]},
+        "Bitmap 'rough' is currently in use by another operation and cannot be used",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "text"), REFUSED)
+def test_bitmaps_that_cannot_be_exported(daemon, marked, options, text):
+    daemon.execute("blockdev-add", **qcow2(marked, "m"))
+    daemon.export("m", "taken", "taken", writable=True, bitmaps=["rough"])
+    with pytest.raises(Error) as caught:
+        daemon.export("m", **({"writable": False} | options))
+    assert caught.value.message == text
+    daemon.export("m", writable=False, bitmaps=["past"])  # nothing is left behind, "past" is free
+
+
+def test_a_bitmap_that_was_in_use_in_a_crash_cannot_be_exported(daemon, marked, tmp_path):
+    daemon.execute("blockdev-add", **qcow2(marked, "m"))
+    daemon.export("m", writable=True, bitmaps=["rough"])
+    crashed = Path(shutil.copy(marked, tmp_path / "crashed.qcow2"))
+    daemon.execute("blockdev-add", **qcow2(crashed, "crashed"))
+    for writable in (False, True):
+        with pytest.raises(Error) as caught:
+            daemon.export("crashed", "f", "f", writable=writable, bitmaps=["rough"])
+        assert caught.value.message == "Bitmap 'rough' is inconsistent and cannot be used"
+
+
+def test_bitmaps_are_free_again_once_the_export_has_gone(daemon, marked):
+    daemon.execute("blockdev-add", **qcow2(marked, "m"))
+    for _ in range(2):
+        daemon.export("m", writable=True, bitmaps=["rough", "fine"])
+        daemon.execute("block-export-del", id="e")
+    daemon.export("m", writable=False, bitmaps=[{"node": "m", "name": "fine"}])

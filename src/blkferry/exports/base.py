@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Protocol
 
 from blkferry.errors import Error
+from blkferry.graph.graph import Graph
 from blkferry.graph.permissions import ALL, Permission
 from blkferry.graph.root import Root
 from blkferry.schema.export import BlockExportOptions
@@ -16,6 +17,8 @@ from blkferry.schema.export import BlockExportOptions
 
 class Host(Protocol):
     """What an export may ask of the daemon it lives in."""
+
+    graph: Graph
 
     def service(self, name: str) -> Any:
         """A shared service by name ("nbd-server"), None when it does not run."""

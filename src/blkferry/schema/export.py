@@ -34,6 +34,17 @@ class NbdServerStart(NbdServerOptionsBase):
     addr: Annotated[SocketAddressLegacy, Doc("the address to listen on", since="1.3")]
 
 
+class BlockDirtyBitmap(Struct):
+    """A dirty bitmap of a node."""
+
+    node: Annotated[str, Doc("the node that has it", since="2.4")]
+    name: Annotated[str, Doc("its name", since="2.4")]
+
+
+BlockDirtyBitmapOrStr = Annotated[str | BlockDirtyBitmap, Named("BlockDirtyBitmapOrStr")]
+"""A dirty bitmap of a node that the context names, or of any node."""
+
+
 Iothreads = Annotated[str | list[str], Named("BlockExportIothreads")]
 """One iothread, or several; the list form is where QEMU is heading."""
 
@@ -64,6 +75,14 @@ class BlockExportOptionsNbd(BlockExportOptions):
     type: Literal["nbd"] = "nbd"
     name: Annotated[str | None, Doc("the name clients ask for (default: the node's name)", since="5.2")] = None
     description: Annotated[str | None, Doc("free text for clients, at most 4096 bytes", since="5.2")] = None
+    bitmaps: Annotated[
+        list[BlockDirtyBitmapOrStr] | None,
+        Doc(
+            "dirty bitmaps to offer as qemu:dirty-bitmap:NAME, by name of the node's own or its backing chain's, or of "
+            "any node",
+            since="5.2",
+        ),
+    ] = None
     allocation_depth: Annotated[
         bool, Doc("offer qemu:allocation-depth: which layer of the backing chain has the data", since="5.2")
     ] = False

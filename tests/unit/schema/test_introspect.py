@@ -73,7 +73,7 @@ RETURNS = {
 # What is not implemented is not promised: these members of QEMU's are left out on purpose.
 LEFT_OUT = {"tls-creds", "tls-authz", "bps_max", "dirty-bitmaps"}
 VARIANTS = {
-    ("block-export-add", "nbd"): "name?:str description?:str allocation-depth?:bool",
+    ("block-export-add", "nbd"): "name?:str description?:str bitmaps?:array allocation-depth?:bool",
     ("object-add", "iothread"): (
         "aio-max-batch?:int thread-pool-min?:int thread-pool-max?:int poll-max-ns?:int poll-grow?:int poll-shrink?:int"
     ),
