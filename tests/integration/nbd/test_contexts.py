@@ -134,6 +134,18 @@ def test_a_bitmap_is_in_use_until_its_export_has_gone(daemon):
         daemon.execute("block-export-del", id="f")
 
 
+def test_a_node_stays_while_one_of_its_bitmaps_is_exported(daemon):
+    add_disk(daemon)
+    daemon.execute("blockdev-add", driver="null-co", node_name="other", size=SIZE)
+    daemon.daemon.graph.find("other").dirty_bitmaps["b"] = bitmap("b", [])
+    daemon.export("disk", "f", "f", bitmaps=[{"node": "other", "name": "b"}])
+    with pytest.raises(Error, match="Node other is in use") as caught:
+        daemon.execute("blockdev-del", node_name="other")
+    assert caught.value.hint == "It is used by export 'f' (bitmap 'b')."
+    daemon.execute("block-export-del", id="f")
+    daemon.execute("blockdev-del", node_name="other")
+
+
 def test_the_same_bitmap_twice_is_refused_and_leaves_it_free(daemon):
     add_disk(daemon)
     daemon.daemon.graph.find("disk").dirty_bitmaps["b"] = bitmap("b", [])
