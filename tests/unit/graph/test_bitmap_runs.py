@@ -10,7 +10,7 @@ from blkferry.errors import Error, ErrorKind
 from blkferry.graph.bitmaps import DirtyBitmap
 
 GRANULE = 512
-SIZE = 4096 * GRANULE + 100  # a last granule that is cut off
+SIZE = 16384 * GRANULE + 100  # a last granule that is cut off
 
 offsets = st.integers(0, SIZE)
 ranges = st.tuples(offsets, st.one_of(st.integers(0, 3 * GRANULE), offsets)).map(
