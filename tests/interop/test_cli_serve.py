@@ -311,3 +311,26 @@ def test_tls_from_a_directory(image, sockets, tmp_path):
         done = finish("blkferry", "serve", "--port", "0", *argv)
         assert (done.returncode, done.stdout) == (1, "")
         assert text in done.stderr
+
+
+@requires("nbdinfo", "qemu-img", "qemu-io")
+def test_clients_see_bitmaps_and_backing_files(sockets, tmp_path):
+    base, disk = tmp_path / "base.qcow2", tmp_path / "disk.qcow2"
+    run("qemu-img", "create", "-f", "qcow2", base, "1M")
+    run("qemu-io", "-f", "qcow2", "-c", "write 0 64k", base)
+    run("qemu-img", "create", "-f", "qcow2", "-b", base, "-F", "qcow2", disk, "1M")
+    run("qemu-img", "bitmap", "--add", disk, "since-monday")
+    run("qemu-io", "-f", "qcow2", "-c", "write 128k 64k", disk)
+    with serve("-q", "-s", sockets / "nbd", "--bitmap", "since-monday", "--allocation-depth", disk) as server:
+        uri = server.line().strip()
+
+        def seen(context):
+            answer = json.loads(run("nbdinfo", f"--map={context}", "--json", uri).stdout)
+            return [(each["offset"] >> 16, each["length"] >> 16, each["type"]) for each in answer]
+
+        assert seen("qemu:dirty-bitmap:since-monday") == [(0, 2, 0), (2, 1, 1), (3, 13, 0)]
+        assert seen("qemu:allocation-depth") == [(0, 1, 2), (1, 1, 0), (2, 1, 1), (3, 13, 0)]
+        assert server.end()[0] == 0
+    refused = finish("blkferry", "serve", "-s", sockets / "nbd", "--bitmap", "since-tuesday", disk)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "Bitmap 'since-tuesday' is not found" in refused.stderr

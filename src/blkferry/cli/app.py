@@ -93,6 +93,16 @@ app.add_command(image)
 )
 @click.option("--description", metavar="TEXT", help="Free text that clients can show.")
 @click.option(
+    "--bitmap",
+    "bitmaps",
+    multiple=True,
+    metavar="NAME",
+    help="Let clients see this dirty bitmap of the images as qemu:dirty-bitmap:NAME.",
+)
+@click.option(
+    "--allocation-depth", is_flag=True, help="Let clients see which backing file has what (qemu:allocation-depth)."
+)
+@click.option(
     "--max-connections",
     type=click.IntRange(min=0),
     default=0,
@@ -136,6 +146,8 @@ def serve(
     direct: bool,
     discard: bool,
     description: str | None,
+    bitmaps: tuple[str, ...],
+    allocation_depth: bool,
     max_connections: int,
     tls: str | None,
     allowed: tuple[str, ...],
@@ -177,6 +189,8 @@ def serve(
         direct=direct,
         discard=discard,
         description=description,
+        bitmaps=bitmaps,
+        allocation_depth=allocation_depth,
         socket=socket,
         host=host,
         port=port,

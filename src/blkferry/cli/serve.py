@@ -70,6 +70,8 @@ class Request:
     fd: str | None = None
     tls: str | None = None
     allowed: tuple[str, ...] = ()
+    bitmaps: tuple[str, ...] = ()
+    allocation_depth: bool = False
 
     def address(self, passed: Sequence[str] = ()) -> SocketAddress:
         """Where to listen; `passed` are the names of sockets that we were started with. Raises Error."""
@@ -146,7 +148,7 @@ async def _offer(daemon: Daemon, request: Request, names: tuple[str, ...]) -> li
     offers = []
     for image, node, name in zip(request.images, nodes, names, strict=True):
         writable = not daemon.graph.find(node).read_only
-        await _export(daemon, image, node, name, request.description, writable=writable)
+        await _export(daemon, request, image, node, name)
         size = daemon.graph.find(node).length
         offers.append(Offer(name, image, size, writable, addresses, tls=request.tls is not None))
     if request.qmp is not None:
@@ -222,8 +224,16 @@ async def _listen(daemon: Daemon, request: Request) -> Listener:
         raise
 
 
-async def _export(daemon: Daemon, image: str, node: str, name: str, description: str | None, *, writable: bool) -> None:
-    options = BlockExportOptionsNbd(id=node, node_name=node, name=name, writable=writable, description=description)
+async def _export(daemon: Daemon, request: Request, image: str, node: str, name: str) -> None:
+    options = BlockExportOptionsNbd(
+        id=node,
+        node_name=node,
+        name=name,
+        writable=not daemon.graph.find(node).read_only,
+        description=request.description,
+        bitmaps=list(request.bitmaps),
+        allocation_depth=request.allocation_depth,
+    )
     try:
         await daemon.exports.add(options)
     except Error as error:

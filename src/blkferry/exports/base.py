@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
 
 from blkferry.errors import Error
+from blkferry.graph.graph import Graph
 from blkferry.graph.permissions import ALL, Permission
 from blkferry.graph.root import Root
 from blkferry.schema.export import BlockExportClient, BlockExportOptions
@@ -17,6 +18,8 @@ from blkferry.schema.export import BlockExportClient, BlockExportOptions
 
 class Host(Protocol):
     """What an export may ask of the daemon it lives in."""
+
+    graph: Graph
 
     def service(self, kind: str, name: str | None = None) -> Any:
         """A shared service ("nbd-server"), the one without a name by default. Raises Error when it does not run."""

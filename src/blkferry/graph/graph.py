@@ -238,9 +238,13 @@ class Graph:
                         f"Node '{name}' is busy: node is used as {parent.role} of {parent.user.describe()}",
                         node=name,
                     )
-            if node.parents:
-                users = ", ".join(parent.user.describe() for parent in node.parents)
-                raise Error(ErrorKind.BUSY, f"Node {name} is in use", hint=f"It is used by {users}.", node=name)
+            users = [parent.user.describe() for parent in node.parents]
+            users += [
+                f"{bitmap.user} (bitmap '{bitmap.name}')" for bitmap in node.dirty_bitmaps.values() if bitmap.user
+            ]
+            if users:
+                hint = f"It is used by {', '.join(users)}."
+                raise Error(ErrorKind.BUSY, f"Node {name} is in use", hint=hint, node=name)
             if node.implicit:
                 raise Error(ErrorKind.BUSY, f"Node {name} is in use", hint="It belongs to another node.", node=name)
             await self.close_node(node)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from blkferry.errors import Error, ErrorKind
 from blkferry.extent import Content, Effort, Extent
+from blkferry.graph.bitmaps import DirtyBitmap
 from blkferry.graph.permissions import Edge, Permission
 from blkferry.plane.drain import Uses
 from blkferry.schema.block import (
@@ -48,8 +49,8 @@ class Node:
 
     `length` is in bytes; `alignment` is what requests should be multiples of, in bytes (a power of two; other
     requests cost a read first), `remap_alignment` the same for zeroes and discards. `storage` is set on
-    nodes that own a descriptor. `readers` counts who reads what has no storage (OPAQUE content). `emit` tells the
-    daemon of an event, from any thread.
+    nodes that own a descriptor. `readers` counts who reads what has no storage (OPAQUE content). `dirty_bitmaps`
+    are those of this node, by name. `emit` tells the daemon of an event, from any thread.
 
     `create_options` is what the driver needs to know to make an image, None if it makes none. `reopenable` names the
     options of its own that blockdev-reopen may change. `supports_backing`: it may have a backing child;
@@ -76,6 +77,7 @@ class Node:
         self.cache = BlockdevCacheOptions()
         self.children: dict[str, Edge] = {}
         self.parents: list[Edge] = []
+        self.dirty_bitmaps: dict[str, DirtyBitmap] = {}
         self.emit: EventSink = ignore_event
         self.readers = Uses()
         self.length = 0

@@ -83,6 +83,17 @@ class NbdServerAdd(Struct):
     bitmap: Annotated[str | None, Doc("a dirty bitmap that clients may ask for", since="4.0")] = None
 
 
+class BlockDirtyBitmap(Struct):
+    """A dirty bitmap of a node."""
+
+    node: Annotated[str, Doc("the node that has it", since="2.4")]
+    name: Annotated[str, Doc("its name", since="2.4")]
+
+
+BlockDirtyBitmapOrStr = Annotated[str | BlockDirtyBitmap, Named("BlockDirtyBitmapOrStr")]
+"""A dirty bitmap of a node that the context names, or of any node."""
+
+
 Iothreads = Annotated[str | list[str], Named("BlockExportIothreads")]
 """One iothread, or several; the list form is where QEMU is heading."""
 
@@ -116,6 +127,17 @@ class BlockExportOptionsNbd(BlockExportOptions):
     server: Annotated[
         str | None, Doc("the NBD server that offers it (default: the one without a name)", features=(EXTENSION,))
     ] = None
+    bitmaps: Annotated[
+        list[BlockDirtyBitmapOrStr] | None,
+        Doc(
+            "dirty bitmaps to offer as qemu:dirty-bitmap:NAME, by name of the node's own or its backing chain's, or of "
+            "any node",
+            since="5.2",
+        ),
+    ] = None
+    allocation_depth: Annotated[
+        bool, Doc("offer qemu:allocation-depth: which layer of the backing chain has the data", since="5.2")
+    ] = False
 
 
 class BlockExportRemoveMode(enum.StrEnum):

@@ -402,7 +402,7 @@ def test_a_client_that_asks_and_never_takes(served, length, mode):
         began = time.monotonic()
         for n in range(100):
             assert other.read(8 * n, 8) == n.to_bytes(8)
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 20
 
 
 def test_many_small_reads_never_taken_are_not_collected(served):

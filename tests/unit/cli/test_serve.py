@@ -96,7 +96,8 @@ def test_sockets_of_several_names_are_not_guessed_at(asked):
 
 def test_options_arrive(asked):
     argv = (
-        "serve -w --json --direct --no-discard -f raw -n x -n y -s sock --description d --max-connections 3 --qmp q a b"
+        "serve -w --json --direct --no-discard -f raw -n x -n y -s sock --description d --max-connections 3 --qmp q "
+        "--bitmap b0 --bitmap b1 --allocation-depth a b"
     )
     assert invoke(*argv.split()).exit_code == 0
     request, speech = asked[0]
@@ -105,6 +106,7 @@ def test_options_arrive(asked):
     assert (request.images, request.names) == (("a", "b"), ("x", "y"))
     assert (request.writable, request.discard, request.direct, request.image_format) == (True, False, True, "raw")
     assert (request.description, request.max_connections, request.qmp) == ("d", 3, "q")
+    assert (request.bitmaps, request.allocation_depth) == (("b0", "b1"), True)
 
 
 def test_errors_are_sentences(monkeypatch):

@@ -21,8 +21,8 @@ def test_a_union_lists_its_branches_and_what_they_share():
 def test_a_branch_lists_all_its_members():
     lines = help_text(BlockExportOptionsNbd).splitlines()
     assert lines[0] == "type=nbd: An export of the NBD server."
-    assert "  id=<str>                 name of the export, unique among all exports (required)" in lines
-    assert "  description=<str>        free text for clients, at most 4096 bytes" in lines
+    assert "  id=<str>                   name of the export, unique among all exports (required)" in lines
+    assert "  description=<str>          free text for clients, at most 4096 bytes" in lines
 
 
 def test_defaults_are_shown_as_they_would_be_written():

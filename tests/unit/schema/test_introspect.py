@@ -79,7 +79,7 @@ LEFT_OUT = {"bps_max", "dirty-bitmaps"}
 WIDENED = {"iothread"}  # QEMU's, marked as it takes more here
 OURS = {name for name, command in COMMANDS.items() if EXTENSION in command.features}
 VARIANTS = {
-    ("block-export-add", "nbd"): "name?:str description?:str",
+    ("block-export-add", "nbd"): "name?:str description?:str bitmaps?:array allocation-depth?:bool",
     ("object-add", "iothread"): (
         "aio-max-batch?:int thread-pool-min?:int thread-pool-max?:int poll-max-ns?:int poll-grow?:int poll-shrink?:int"
     ),

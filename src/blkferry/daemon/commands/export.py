@@ -49,6 +49,7 @@ async def nbd_server_add(daemon: Daemon, arguments: NbdServerAdd) -> None:
         name=name,
         description=arguments.description,
         writable=arguments.writable and not daemon.graph.find(arguments.device).read_only,
+        bitmaps=None if arguments.bitmap is None else [arguments.bitmap],
     )
     await daemon.exports.add(options)
 

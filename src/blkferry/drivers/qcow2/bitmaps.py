@@ -1,6 +1,6 @@
-"""Persistent dirty bitmaps: loaded when an image is opened for writing, kept up meanwhile, stored when it is closed.
+"""Persistent dirty bitmaps: loaded when an image is opened, kept up by a writer, stored when that closes it.
 
-While they are in memory, the image says that its copies are in use: after a crash they are known not to be complete.
+While a writer has them, the image says that its copies are in use: after a crash they are known not to be complete.
 What cannot be used (unknown extra data, left in use by somebody who crashed) is kept as it is.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from blkferry.drivers.qcow2 import bitmap_directory
-from blkferry.drivers.qcow2.bitmap_directory import ALL_ONES, BitmapEntry, BitmapFlags
+from blkferry.drivers.qcow2.bitmap_directory import ALL_ONES, MAX_BITMAP_SIZE, BitmapEntry, BitmapFlags
 from blkferry.drivers.qcow2.extensions import BitmapsExtension
 from blkferry.drivers.qcow2.header import Autoclear
 from blkferry.errors import Error, ErrorKind
@@ -59,7 +59,12 @@ class StoredBitmaps:
     # Loading ---------------------------------------------------------------------------------------------------
 
     async def load(self, node: Qcow2) -> None:
-        """Read the directory and, for a writer, the bitmaps. Raises Error or OSError."""
+        """Read the directory and the bitmaps. Those that the node had before stay the same objects.
+
+        Raises Error or OSError.
+        """
+        before = dict(node.dirty_bitmaps)
+        node.dirty_bitmaps.clear()
         header = node.header
         extension = header.bitmaps
         if extension is None:
@@ -80,14 +85,38 @@ class StoredBitmaps:
             )
         data = bytes(await file.get(extension.directory_offset, extension.directory_size))
         self.entries = bitmap_directory.parse(data, extension.count, header)
-        if not node.metadata.writable:
-            return
         for entry in self.entries:
-            if not entry.usable or entry.flags & BitmapFlags.IN_USE:
-                log.warning("%s: bitmap '%s' is inconsistent and stays unused", node.filename(), entry.name)
-                continue
-            self.loaded[entry.name] = await self._read(node, entry)
-        await self.take_into_use(node)
+            if not entry.usable:
+                log.warning("%s: bitmap '%s' is of an unknown kind and stays unused", node.filename(), entry.name)
+            else:
+                node.dirty_bitmaps[entry.name] = await self._load_one(node, entry, before.get(entry.name))
+        if node.metadata.writable:
+            await self.take_into_use(node)
+
+    async def _load_one(self, node: Qcow2, entry: BitmapEntry, before: DirtyBitmap | None) -> DirtyBitmap:
+        if not entry.flags & BitmapFlags.IN_USE:
+            try:
+                if not node.metadata.writable:
+                    self._check_room(node, entry)
+                bitmap = await self._read(node, entry)
+            except (Error, OSError) as error:
+                if node.metadata.writable:
+                    raise
+                log.warning("%s: bitmap '%s' cannot be read: %s", node.filename(), entry.name, error)  # its disk can
+            else:
+                if before is not None and before.granularity_bits == bitmap.granularity_bits:
+                    before.become(bitmap)  # somebody may be using it
+                    bitmap = before
+                self.loaded[entry.name] = bitmap
+                return bitmap
+        log.warning("%s: bitmap '%s' is inconsistent and stays unused", node.filename(), entry.name)
+        return DirtyBitmap(entry.name, node.length, entry.granularity_bits, enabled=False, inconsistent=True)
+
+    def _check_room(self, node: Qcow2, entry: BitmapEntry) -> None:
+        """A small file can name huge bitmaps: those who only read the disk do not pay for more than the largest one."""
+        needed = sum(len(bitmap.bits) for bitmap in self.loaded.values()) + (node.length >> entry.granularity_bits + 3)
+        if needed > MAX_BITMAP_SIZE:
+            raise Error(ErrorKind.NO_SPACE, f"the bitmaps would take {needed} bytes of memory")
 
     async def take_into_use(self, node: Qcow2) -> None:
         """Say in the image that what is in memory is newer from now on. Raises OSError."""

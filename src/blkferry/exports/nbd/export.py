@@ -7,20 +7,18 @@ from typing import ClassVar
 
 from blkferry.errors import Error, ErrorKind
 from blkferry.exports.base import Export, Host
+from blkferry.exports.nbd.bitmaps import acquire_bitmaps, release_bitmaps
 from blkferry.exports.nbd.client import NbdClient
+from blkferry.exports.nbd.contexts import Contexts
 from blkferry.exports.nbd.places import Places
 from blkferry.exports.nbd.server import NbdServer
+from blkferry.graph.bitmaps import DirtyBitmap
 from blkferry.graph.permissions import ALL, Permission
 from blkferry.graph.root import Root
 from blkferry.plane.tls import TlsSocket
 from blkferry.schema.export import BlockExportClient, BlockExportOptions, BlockExportOptionsNbd
 from blkferry.units import SECTOR, align_down
-from blkferry.wire.nbd.constants import (
-    CONTEXT_BASE_ALLOCATION,
-    MAX_REQUEST,
-    MAX_STRING,
-    TransmissionFlag,
-)
+from blkferry.wire.nbd.constants import MAX_REQUEST, MAX_STRING, TransmissionFlag
 from blkferry.wire.nbd.handshake import ExportInfo, Negotiated
 
 PREFERRED_BLOCK = 4096
@@ -36,6 +34,7 @@ class NbdExport(Export):
 
     kind: ClassVar[str] = "nbd"
     options_type: ClassVar[type[BlockExportOptions]] = BlockExportOptionsNbd
+    options: BlockExportOptionsNbd
 
     def __init__(self, host: Host, options: BlockExportOptions, root: Root) -> None:
         super().__init__(host, options, root)
@@ -45,6 +44,7 @@ class NbdExport(Export):
         self.clients: set[NbdClient] = set()
         self.size = 0
         self.places = Places(root, writable=options.writable)
+        self._bitmaps: list[DirtyBitmap] = []
 
     @classmethod
     def permissions(cls, options: BlockExportOptions) -> tuple[Permission, Permission]:
@@ -61,6 +61,12 @@ class NbdExport(Export):
                     ErrorKind.INVALID_ARGUMENT, f"{what} '{text}' too long", hint=f"At most {MAX_STRING} bytes."
                 )
         self.server = server
+        server.add(self)  # what it objects to comes before what is wrong with bitmaps
+        options = self.options
+        self._bitmaps = acquire_bitmaps(
+            self.host.graph, self.root.node, options.bitmaps or (), self.root.describe(), writable=options.writable
+        )
+        self.contexts = Contexts(self.root, self._bitmaps, allocation_depth=options.allocation_depth)
         self.size = self.places.size = align_down(self.root.node.length, SECTOR)
         flags = _ALWAYS | (_WRITABLE if self.options.writable else TransmissionFlag.READ_ONLY)
         if server.max_connections != 1:
@@ -74,9 +80,8 @@ class NbdExport(Export):
             minimum=minimum,
             preferred=max(PREFERRED_BLOCK, minimum),
             maximum=MAX_REQUEST,
-            contexts=((CONTEXT_BASE_ALLOCATION, "base:allocation"),),
+            contexts=self.contexts.offered,
         )
-        server.add(self)
 
     @property
     def in_use(self) -> Error | None:
@@ -134,6 +139,7 @@ class NbdExport(Export):
             client.close("the export is being removed")
         for client in clients:
             await client.idle()
+        release_bitmaps(self._bitmaps)
 
     def withdraw(self) -> None:
         """Be no longer found by new clients. Called on the main loop."""

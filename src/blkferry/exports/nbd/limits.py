@@ -32,6 +32,13 @@ MAX_IN_FLIGHT_BYTES = 64 << 20
 MAX_READ_PIECES = 64
 """Chunks of one sparse read; a read that is more fragmented comes as one chunk of data."""
 
+MAX_STATUS_EXTENTS = 4096
+"""Extents in the reply to a BLOCK_STATUS, of all its contexts together: 64 KiB at most, so that all that may be in
+flight for a client are 16 MiB. Clients ask on from where a reply ends."""
+
+MAX_STATUS_LOOKS = 16
+"""How often a context is asked for more, a millisecond or two of work each time."""
+
 MAX_ENGINE_PIECES = 32
 """Places that a read which is not in the page cache is gathered from at once; one that is more scattered is a task."""
 

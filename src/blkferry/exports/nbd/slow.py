@@ -5,17 +5,17 @@ They run on the loop of the exported node, as tasks: what matters here is being 
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING
 
 from blkferry.errors import Error
-from blkferry.exports.nbd.limits import MAX_READ_PIECES
-from blkferry.extent import Status
+from blkferry.exports.nbd.limits import MAX_READ_PIECES, MAX_STATUS_EXTENTS
 from blkferry.plane.buffers import Buffer
 from blkferry.wire.nbd import transmission as wire
-from blkferry.wire.nbd.constants import CONTEXT_BASE_ALLOCATION, MAX_EXTENTS, Cmd, CmdFlag, Mode, StatusFlag
+from blkferry.wire.nbd.constants import Cmd, CmdFlag, Mode
 
 if TYPE_CHECKING:
     from blkferry.exports.nbd.client import NbdClient
@@ -151,28 +151,14 @@ async def _data(client: NbdClient, request: wire.Request, offset: int, length: i
 
 
 async def _block_status(client: NbdClient, request: wire.Request, ids: tuple[int, ...] | None) -> bytes:
-    """One chunk for each selected context, in the order of their ids."""
+    """One chunk for each selected context, in the order of their ids. What they say is bounded for all of them."""
     wanted = [number for number, _ in client.contexts if ids is None or number in ids]
-    limit = 1 if request.flags & CmdFlag.REQ_ONE else MAX_EXTENTS
+    limit = 1 if request.flags & CmdFlag.REQ_ONE else max(1, MAX_STATUS_EXTENTS // len(wanted))
+    contexts = client.export.contexts
     parts: list[bytes] = []
     for number in wanted:
-        extents = await _extents(client, request, number, limit)
+        if parts:
+            await asyncio.sleep(0)  # others of this loop come first: there may be a great many contexts
+        extents = await contexts.extents(number, request.offset, request.length, limit)
         parts.append(wire.status_chunk(client.mode, request, number, extents, done=number == wanted[-1]))
     return b"".join(parts)
-
-
-async def _extents(client: NbdClient, request: wire.Request, context: int, limit: int) -> list[tuple[int, int]]:
-    assert context == CONTEXT_BASE_ALLOCATION, "no other context is offered"
-    stretches = await client.root.status(request.offset, request.length)
-    return wire.merge_extents(
-        ((stretch.length, _status_flags(stretch)) for stretch in stretches), length=request.length, limit=limit
-    )
-
-
-def _status_flags(stretch: Status) -> int:
-    flags = 0
-    if stretch.zero:
-        flags |= StatusFlag.ZERO
-    if not stretch.allocated:
-        flags |= StatusFlag.HOLE
-    return flags

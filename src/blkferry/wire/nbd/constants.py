@@ -212,6 +212,3 @@ MAX_REPLY_PAYLOAD: Final = MAX_REQUEST + 8
 
 # One option reply we read as a client: name and description of an export, at the longest.
 MAX_OPTION_REPLY: Final = 4 + 2 * MAX_STRING
-
-# Extents in one status chunk: 1 MiB of the 32-bit form, well below the 2**20 the specification allows.
-MAX_EXTENTS: Final = 128 * 1024

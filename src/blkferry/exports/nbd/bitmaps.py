@@ -1,0 +1,84 @@
+"""The dirty bitmaps that an export offers: how its options name them, and which may be offered.
+
+While they are, nobody may remove or change them, but writes are recorded.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from blkferry.errors import Error, ErrorKind
+from blkferry.graph.access import BACKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from blkferry.graph.bitmaps import DirtyBitmap
+    from blkferry.graph.graph import Graph
+    from blkferry.graph.node import Node
+    from blkferry.schema.export import BlockDirtyBitmapOrStr
+
+
+def acquire_bitmaps(
+    graph: Graph, node: Node, wanted: Sequence[BlockDirtyBitmapOrStr], user: str, *, writable: bool
+) -> list[DirtyBitmap]:
+    """Take the bitmaps for an export of `node` into use for `user`. Raises Error, and none is in use then."""
+    acquired: list[DirtyBitmap] = []
+    try:
+        for name in wanted:
+            if isinstance(name, str):
+                bitmap = _in_chain(node, name, writable=writable)
+            else:
+                bitmap = _of_node(graph, name.node, name.name)
+            bitmap.acquire(user)
+            acquired.append(bitmap)
+    except Error:
+        release_bitmaps(acquired)
+        raise
+    return acquired
+
+
+def release_bitmaps(bitmaps: Sequence[DirtyBitmap]) -> None:
+    """End that use."""
+    for bitmap in bitmaps:
+        bitmap.release()
+
+
+def _in_chain(node: Node, name: str, *, writable: bool) -> DirtyBitmap:
+    """The bitmap of this name that is nearest to the export, in its node or the backing files."""
+    for owner in _chain(node):
+        bitmap = owner.dirty_bitmaps.get(name)
+        if bitmap is None:
+            continue
+        if bitmap.enabled and not owner.read_only and not writable:
+            raise Error(
+                ErrorKind.INVALID_ARGUMENT,
+                f"Enabled bitmap '{name}' incompatible with readonly export",
+                hint=f"It would change under its reader: disable it, or name it as one of node '{owner.name}'.",
+                node=owner.name,
+            )
+        return bitmap
+    known = ", ".join(f"'{each}'" for owner in _chain(node) for each in owner.dirty_bitmaps)
+    raise Error(
+        ErrorKind.NOT_FOUND,
+        f"Bitmap '{name}' is not found",
+        hint=f"Node '{node.name}' and its backing files have {known}." if known else "There are no bitmaps.",
+        node=node.name,
+    )
+
+
+def _chain(node: Node) -> Iterator[Node]:
+    yield node
+    while (edge := node.children.get(BACKING)) is not None:
+        node = edge.node
+        yield node
+
+
+def _of_node(graph: Graph, node_name: str, name: str) -> DirtyBitmap:
+    node = graph.nodes.get(node_name)
+    if node is None:
+        raise Error(ErrorKind.NOT_FOUND, f"Node '{node_name}' not found", node=node_name)
+    bitmap = node.dirty_bitmaps.get(name)
+    if bitmap is None:
+        raise Error(ErrorKind.NOT_FOUND, f"Dirty bitmap '{name}' not found", node=node_name)
+    return bitmap
