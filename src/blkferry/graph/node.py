@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from blkferry.errors import Error, ErrorKind
 from blkferry.extent import Content, Effort, Extent
-from blkferry.graph.bitmaps import DirtyBitmap
 from blkferry.graph.permissions import Edge, Permission
 from blkferry.plane.drain import Uses
 from blkferry.schema.block import (
@@ -27,6 +26,7 @@ from blkferry.schema.create import BlockdevCreateOptions
 from blkferry.schema.image import ImageInfo, SnapshotInfo
 
 if TYPE_CHECKING:
+    from blkferry.graph.bitmaps import DirtyBitmap
     from blkferry.graph.graph import Graph, Opening
     from blkferry.graph.reopen import Reopening
     from blkferry.plane.services import Services
@@ -49,13 +49,15 @@ class Node:
 
     `length` is in bytes; `alignment` is what requests should be multiples of, in bytes (a power of two; other
     requests cost a read first), `remap_alignment` the same for zeroes and discards. `storage` is set on
-    nodes that own a descriptor. `readers` counts who reads what has no storage (OPAQUE content). `dirty_bitmaps`
-    are those of this node, by name. `emit` tells the daemon of an event, from any thread.
+    nodes that own a descriptor. `readers` counts who reads what has no storage (OPAQUE content). `emit` tells the
+    daemon of an event, from any thread.
 
     `create_options` is what the driver needs to know to make an image, None if it makes none. `reopenable` names the
     options of its own that blockdev-reopen may change. `supports_backing`: it may have a backing child;
     `supports_snapshots`: it keeps snapshots inside the image. `writes_now`: `write_now` takes writes of any range, also
-    of places that lookups name.
+    of places that lookups name. `is_filter`: it shows its `file` child as it is.
+
+    `dirty_bitmaps` are those of this node, by name.
     """
 
     driver: ClassVar[str]
@@ -64,6 +66,7 @@ class Node:
     reopenable: ClassVar[frozenset[str]] = frozenset()
     supports_backing: ClassVar[bool] = False
     writes_now: ClassVar[bool] = False
+    is_filter: ClassVar[bool] = False
     supports_snapshots: ClassVar[bool] = False
     storage: Storage | None = None
 
@@ -77,9 +80,9 @@ class Node:
         self.cache = BlockdevCacheOptions()
         self.children: dict[str, Edge] = {}
         self.parents: list[Edge] = []
-        self.dirty_bitmaps: dict[str, DirtyBitmap] = {}
         self.emit: EventSink = ignore_event
         self.readers = Uses()
+        self.dirty_bitmaps: dict[str, DirtyBitmap] = {}
         self.length = 0
         self.alignment = 1
         self.remap_alignment = 1

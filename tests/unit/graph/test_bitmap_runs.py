@@ -50,6 +50,7 @@ def test_a_user_keeps_others_away_until_it_has_gone():
 
 
 def test_one_that_missed_writes_is_not_used():
-    bitmap = DirtyBitmap("b", 1 << 60, 9, enabled=False, inconsistent=True)
+    bitmap = made()
+    bitmap.inconsistent = True
     with pytest.raises(Error, match="Bitmap 'b' is inconsistent and cannot be used"):
         bitmap.acquire("a test")

@@ -105,12 +105,15 @@ class StoredBitmaps:
                 log.warning("%s: bitmap '%s' cannot be read: %s", node.filename(), entry.name, error)  # its disk can
             else:
                 if before is not None and before.granularity_bits == bitmap.granularity_bits:
-                    before.become(bitmap)  # somebody may be using it
-                    bitmap = before
+                    before.size, before.bits, before.enabled = bitmap.size, bitmap.bits, bitmap.enabled
+                    before.changed = False
+                    bitmap = before  # an export may be using it
                 self.loaded[entry.name] = bitmap
                 return bitmap
         log.warning("%s: bitmap '%s' is inconsistent and stays unused", node.filename(), entry.name)
-        return DirtyBitmap(entry.name, node.length, entry.granularity_bits, enabled=False, inconsistent=True)
+        bitmap = DirtyBitmap(entry.name, 0, entry.granularity_bits, enabled=False, persistent=True)  # it needs no bits
+        bitmap.inconsistent = True
+        return bitmap
 
     def _check_room(self, node: Qcow2, entry: BitmapEntry) -> None:
         """A small file can name huge bitmaps: those who only read the disk do not pay for more than the largest one."""
@@ -126,7 +129,7 @@ class StoredBitmaps:
     async def _read(self, node: Qcow2, entry: BitmapEntry) -> DirtyBitmap:
         file, size = node.metadata.file, node.header.cluster_size
         enabled = bool(entry.flags & BitmapFlags.AUTO)
-        bitmap = DirtyBitmap(entry.name, node.length, entry.granularity_bits, enabled=enabled)
+        bitmap = DirtyBitmap(entry.name, node.length, entry.granularity_bits, enabled=enabled, persistent=True)
         table = bitmap_directory.parse_table(bytes(await file.get(entry.table_offset, 8 * entry.table_size)), size)
         for index, place in enumerate(table):
             at = index * size

@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from blkferry.errors import Error, ErrorKind
-from blkferry.graph.access import BACKING
+from blkferry.graph.bitmaps import find_bitmap, find_bitmap_below
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from blkferry.graph.bitmaps import DirtyBitmap
     from blkferry.graph.graph import Graph
@@ -46,39 +46,28 @@ def release_bitmaps(bitmaps: Sequence[DirtyBitmap]) -> None:
 
 def _in_chain(node: Node, name: str, *, writable: bool) -> DirtyBitmap:
     """The bitmap of this name that is nearest to the export, in its node or the backing files."""
-    for owner in _chain(node):
-        bitmap = owner.dirty_bitmaps.get(name)
-        if bitmap is None:
-            continue
-        if bitmap.enabled and not owner.read_only and not writable:
-            raise Error(
-                ErrorKind.INVALID_ARGUMENT,
-                f"Enabled bitmap '{name}' incompatible with readonly export",
-                hint=f"It would change under its reader: disable it, or name it as one of node '{owner.name}'.",
-                node=owner.name,
-            )
-        return bitmap
-    known = ", ".join(f"'{each}'" for owner in _chain(node) for each in owner.dirty_bitmaps)
-    raise Error(
-        ErrorKind.NOT_FOUND,
-        f"Bitmap '{name}' is not found",
-        hint=f"Node '{node.name}' and its backing files have {known}." if known else "There are no bitmaps.",
-        node=node.name,
-    )
-
-
-def _chain(node: Node) -> Iterator[Node]:
-    yield node
-    while (edge := node.children.get(BACKING)) is not None:
-        node = edge.node
-        yield node
+    found = find_bitmap_below(node, name)
+    if found is None:
+        known = ", ".join(node.dirty_bitmaps)
+        raise Error(
+            ErrorKind.NOT_FOUND,
+            f"Bitmap '{name}' is not found",
+            hint=f"Node '{node.name}' itself has: {known}." if known else f"Node '{node.name}' itself has no bitmaps.",
+            node=node.name,
+        )
+    owner, bitmap = found
+    if bitmap.enabled and not owner.read_only and not writable:
+        raise Error(
+            ErrorKind.INVALID_ARGUMENT,
+            f"Enabled bitmap '{name}' incompatible with readonly export",
+            hint=f"It would change under its reader: disable it, or name it as one of node '{owner.name}'.",
+            node=owner.name,
+        )
+    return bitmap
 
 
 def _of_node(graph: Graph, node_name: str, name: str) -> DirtyBitmap:
     node = graph.nodes.get(node_name)
     if node is None:
         raise Error(ErrorKind.NOT_FOUND, f"Node '{node_name}' not found", node=node_name)
-    bitmap = node.dirty_bitmaps.get(name)
-    if bitmap is None:
-        raise Error(ErrorKind.NOT_FOUND, f"Dirty bitmap '{name}' not found", node=node_name)
-    return bitmap
+    return find_bitmap(node, name)
