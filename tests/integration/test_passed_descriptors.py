@@ -11,7 +11,8 @@ import pytest
 from qemu.qmp import ExecuteError, QMPClient
 
 from blkferry import Daemon
-from blkferry.daemon.chardev import MAX_FDS, SocketChardev
+from blkferry.daemon.channel import MAX_FDS
+from blkferry.daemon.chardev import SocketChardev
 from blkferry.daemon.monitor import Monitor
 from blkferry.schema.sockets import SocketAddressUnix
 from blkferry.sockets import descriptors

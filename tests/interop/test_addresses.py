@@ -146,6 +146,25 @@ def test_bad_addresses_are_refused_in_qemus_words(address, message):
     assert message in ours.stderr
 
 
+@requires("qemu-storage-daemon")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("path=/nonexistent/s", "Failed to connect to '/nonexistent/s': No such file or directory"),
+        ("path=/nonexistent/s,wait=on", "'wait' option is incompatible with socket in client connect mode"),
+        ("path=/nonexistent/s,server=on", "Failed to bind socket to /nonexistent/s: No such file or directory"),
+        ("fd=57", "File descriptor '57' is not a socket"),
+        ("host=127.0.0.1,port=nosuch", "address resolution failed for 127.0.0.1:nosuch: Servname not supported"),
+    ],
+)
+def test_bad_chardevs_are_refused_in_qemus_words(options, message):
+    argv = ("--chardev", f"socket,id=c,{options}")
+    assert message in run("qemu-storage-daemon", *argv, expect=1).stderr
+    ours = finish(QSD, *argv)
+    assert ours.returncode == 1
+    assert message in ours.stderr
+
+
 # -- activation
 
 

@@ -33,7 +33,8 @@ from blkferry.wire.qmp.session import Answered, CommandReceived, Mode, Session
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from blkferry.daemon.chardev import Channel, Chardev
+    from blkferry.daemon.channel import Channel
+    from blkferry.daemon.chardev import Chardev
 
 MAX_UNSENT_EVENTS = 1 << 20  # bytes: some 8000 events, far more than a client that reads leaves waiting
 MAX_CONVERSATIONS = 8  # with those whose client has hung up but whose command still runs; then new ones wait

@@ -1,8 +1,7 @@
 """Character devices: the channels that monitors talk over.
 
 They are spelled twice: `ChardevAdd` is chardev-add's form, `ChardevOptions` the flat one of `--chardev`,
-which `parse_chardev` reads and turns into the former. Connecting (rather than listening) sockets do not
-exist here.
+which `parse_chardev` reads and turns into the former.
 """
 
 from typing import Annotated, Literal
@@ -31,7 +30,7 @@ class ChardevSocket(ChardevBackend):
     """A stream socket."""
 
     type: Literal["socket"] = "socket"
-    addr: Annotated[SocketAddressLegacy, Doc("where to listen", since="1.4")]
+    addr: Annotated[SocketAddressLegacy, Doc("where to listen, or to connect to", since="1.4")]
     server: Annotated[bool, Doc("listen rather than connect", since="1.4")] = True
     wait: Annotated[bool, Doc("ignored: start-up never waits for a client", since="1.4")] = False
 

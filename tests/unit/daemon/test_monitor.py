@@ -12,7 +12,8 @@ from qemu.qmp import ExecuteError, QMPClient
 
 from blkferry.daemon import chardev as chardev_module
 from blkferry.daemon import monitor as monitor_module
-from blkferry.daemon.chardev import Channel, NullChardev, SocketChardev, StdioChardev, make
+from blkferry.daemon.channel import READ_AHEAD, Channel
+from blkferry.daemon.chardev import ConnectingChardev, NullChardev, SocketChardev, StdioChardev, make
 from blkferry.daemon.monitor import MAX_UNSENT_EVENTS, Monitor
 from blkferry.errors import Error, ErrorKind
 from blkferry.schema.char import ChardevNull, ChardevSocket, ChardevStdio
@@ -458,8 +459,51 @@ async def test_make():
     assert isinstance(make("c", ChardevSocket(addr=address)), SocketChardev)
     assert isinstance(make("c", ChardevStdio()), StdioChardev)
     assert isinstance(make("c", ChardevNull()), NullChardev)
-    with pytest.raises(Error, match="only listen"):
-        make("c", ChardevSocket(addr=address, server=False))
+    assert isinstance(make("c", ChardevSocket(addr=address, server=False)), ConnectingChardev)
+    with pytest.raises(Error, match="'wait' option is incompatible with socket in client connect mode"):
+        make("c", ChardevSocket(addr=address, server=False, wait=True))
+
+
+async def test_a_monitor_that_connects(toy, path):
+    chardev = ConnectingChardev("c", SocketAddressUnix(path=path))
+    monitor = Monitor(chardev, toy)
+    with pytest.raises(Error, match=f"Failed to connect to '{path}': No such file or directory"):
+        await monitor.start()
+    assert chardev.filename == f"disconnected:unix:{path}"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path)
+        server.listen()
+        await monitor.start()
+        assert chardev.filename == f"unix:{path}"
+        peer, _ = server.accept()
+        client = Client()
+        client.reader, client.writer = await asyncio.open_connection(sock=peer)
+        assert "QMP" in await client.read()
+        assert await client.ask("qmp_capabilities") == {"return": {}}
+        assert chardev.filename == f"unix:{path}"
+        await client.close()
+        await until(lambda: chardev.filename == f"disconnected:unix:{path}")
+        server.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+    await monitor.stop()
+
+
+async def test_a_chardev_that_connects_hangs_up_when_it_stops(path):
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path)
+        server.listen()
+        chardev = ConnectingChardev("c", SocketAddressUnix(path=path))
+        await chardev.start()
+        await chardev.start()
+        peer, _ = server.accept()
+        with peer:
+            chardev.stop()
+            chardev.stop()
+            assert peer.recv(1) == b""
+            server.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                server.accept()
 
 
 async def test_nobody_comes_to_a_null_chardev(toy):
@@ -561,7 +605,7 @@ async def test_a_channel_reads_only_a_little_ahead():
             except BlockingIOError:
                 pass
             await asyncio.sleep(0)
-        assert len(channel._inbox) <= 2 * chardev_module.READ_AHEAD
+        assert len(channel._inbox) <= 2 * READ_AHEAD
         theirs.shutdown(socket.SHUT_WR)
         received = 0
         while data := await channel.receive():
