@@ -285,6 +285,16 @@ def test_a_cut_or_changed_certificate_raises_nothing_but_value_error():
     assert 0 < understood < len(spoiled)
 
 
+@pytest.mark.parametrize("priority", ["NORMAL", "NORMAL:-VERS-TLS1.3"])
+async def test_servers_keep_nothing_of_connections(daemon, tmp_path, priority):
+    directory, _ca = pki.complete(tmp_path / "pki")
+    server, client = await add(daemon, directory, priority=priority), await add(daemon, directory, "client", "c")
+    for _ in range(3):
+        connect(server.context(), client.context())
+    assert server.context().session_stats()["accept_good"] == 3
+    assert server.context().session_stats()["number"] == 0
+
+
 async def test_credentials_go_while_their_context_lives_on(daemon, tmp_path):
     directory, _ca = pki.complete(tmp_path / "pki")
     server, client = await add(daemon, directory), await add(daemon, directory, "client", "c")
