@@ -289,9 +289,8 @@ def test_a_cut_or_changed_certificate_raises_nothing_but_value_error():
 async def test_servers_keep_nothing_of_connections(daemon, tmp_path, priority):
     directory, _ca = pki.complete(tmp_path / "pki")
     server, client = await add(daemon, directory, priority=priority), await add(daemon, directory, "client", "c")
-    for _ in range(3):
-        connect(server.context(), client.context())
-    assert server.context().session_stats()["accept_good"] == 3
+    kept = [connect(server.context(), client.context()) for _ in range(3)]  # one that breaks off is forgotten anyway
+    assert server.context().session_stats()["accept_good"] == len(kept)
     assert server.context().session_stats()["number"] == 0
 
 
