@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import pathlib
 import re
 import socket
 import ssl
@@ -20,9 +21,12 @@ from cryptography.x509.name import _ASN1Type
 import peers
 import pki
 from blkferry import Daemon
+from blkferry.objects.authz.list_file import parse
 from blkferry.objects.tls.names import distinguished_name
 
 pytestmark = peers.requires("gnutls-cli", "gnutls-serv", "psktool", "qemu-storage-daemon")
+
+MANUAL = (pathlib.Path(__file__).parents[2] / "docs" / "tls.md").read_text()
 
 STARTTLS, ABORT = 5, 2
 SAID = "from client to server"
@@ -75,8 +79,8 @@ def gnutls_cli(context, *args, expect=0):
     return done.stdout, outcome
 
 
-def x509_args(directory, priority):
-    yield from ("--priority", priority, "--verify-hostname", "localhost", "--sni-hostname", "localhost")
+def x509_args(directory, priority, hostname="localhost"):
+    yield from ("--priority", priority, "--verify-hostname", hostname, "--sni-hostname", hostname)
     yield from ("--x509cafile", directory / "ca-cert.pem")
     yield from ("--x509certfile", directory / "client-cert.pem", "--x509keyfile", directory / "client-key.pem")
 
@@ -226,6 +230,28 @@ async def test_gnutls_server_without_credentials():
     context = await credentials("anon", "client")
     with gnutls_serv("--priority", "NORMAL:+ANON-DH") as port:
         assert echo(context, port) == "TLSv1.2"
+
+
+# -- What the manual says ------------------------------------------------------------------------------------
+
+
+async def test_the_commands_of_the_manual_make_what_works(tmp_path):
+    section = MANUAL.partition("## Certificates")[2].partition("\n## ")[0]
+    commands = re.findall(r"^    ((?:certtool|printf) (?:.*\\\n)*.*)$", section, re.MULTILINE)
+    assert len(commands) == 9
+    peers.run("sh", "-ec", "\n".join(["cd $0", *commands]), tmp_path)
+    context = await credentials("x509", "server", tmp_path)
+    args = [
+        arg.replace("localhost", "disks.lab") if isinstance(arg, str) else arg for arg in x509_args(tmp_path, "NORMAL")
+    ]
+    assert gnutls_cli(context, *args)[1] == [SAID, "TLSv1.3"]
+    assert (await credentials("x509", "client", tmp_path)).verify_mode is ssl.CERT_REQUIRED
+
+
+def test_the_rules_of_the_manual_are_rules():
+    (example,) = re.findall(r'^    (\{"policy".*?\]\})$', MANUAL, re.MULTILINE | re.DOTALL)
+    rules = parse(example.encode(), "manual")
+    assert [rule.match for rule in rules.rules] == ["CN=client1", "O=Lab,CN=*"]
 
 
 # -- QEMU is the server --------------------------------------------------------------------------------------

@@ -285,6 +285,15 @@ def test_a_cut_or_changed_certificate_raises_nothing_but_value_error():
     assert 0 < understood < len(spoiled)
 
 
+@pytest.mark.parametrize("priority", ["NORMAL", "NORMAL:-VERS-TLS1.3"])
+async def test_servers_keep_nothing_of_connections(daemon, tmp_path, priority):
+    directory, _ca = pki.complete(tmp_path / "pki")
+    server, client = await add(daemon, directory, priority=priority), await add(daemon, directory, "client", "c")
+    kept = [connect(server.context(), client.context()) for _ in range(3)]  # one that breaks off is forgotten anyway
+    assert server.context().session_stats()["accept_good"] == len(kept)
+    assert server.context().session_stats()["number"] == 0
+
+
 async def test_credentials_go_while_their_context_lives_on(daemon, tmp_path):
     directory, _ca = pki.complete(tmp_path / "pki")
     server, client = await add(daemon, directory), await add(daemon, directory, "client", "c")

@@ -48,7 +48,7 @@ class AuthzPam(Authz):
         assert isinstance(options, AuthZPAMProperties)
         super().__init__(options)
         self._service = options.service
-        if "\0" in self._service:
+        if not self._service.isprintable():
             raise Error(ErrorKind.INVALID_ARGUMENT, "Parameter 'service' expects the name of a PAM service")
 
     async def start(self, graph: Graph, engine: str) -> None:

@@ -6,6 +6,7 @@ Files are read once, when the object is created. Whoever wants others removes th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import os
 import ssl
@@ -89,6 +90,8 @@ class TlsCreds(BlkObject):
         context.verify_mode = ssl.CERT_NONE
         if server:
             context.num_tickets = 0
+            with contextlib.suppress(Error):  # a cache is no reason to do without TLS
+                openssl.keep_no_sessions(context)
         if self._priority is not None:
             restrict(context, self._priority)
         return context

@@ -1,7 +1,7 @@
 """What Python's ssl module does not offer of OpenSSL, called by ctypes on the context that is inside an `SSLContext`.
 
-Pre-shared keys (until Python 3.13), and Diffie-Hellman parameters that OpenSSL chooses. The functions come from the
-very library that `_ssl` uses: a second OpenSSL would not know the context.
+Pre-shared keys (until Python 3.13), Diffie-Hellman parameters that OpenSSL chooses, and servers without sessions. The
+functions come from the very library that `_ssl` uses: a second OpenSSL would not know the context.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from typing import Any
 
 from blkferry.errors import Error, ErrorKind
 
-_SET_DH_AUTO = 118  # SSL_CTRL_SET_DH_AUTO
+# SSL_CTRL_*, what SSL_CTX_ctrl does.
+_SET_SESS_CACHE_MODE = 44
+_SET_DH_AUTO = 118
 
 _ServerCallback = ctypes.CFUNCTYPE(ctypes.c_uint, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_uint)
 _ClientCallback = ctypes.CFUNCTYPE(
@@ -72,10 +74,19 @@ def use_key(context: Context, identity: str, key: bytes) -> None:
 
 def choose_dh_params(context: ssl.SSLContext) -> None:
     """Let OpenSSL take well-known Diffie-Hellman parameters that are as strong as the cipher. Raises Error."""
+    _control(context, _SET_DH_AUTO, 1)
+
+
+def keep_no_sessions(context: ssl.SSLContext) -> None:
+    """Keep nothing of connections that are over: nobody resumes them, and 20000 may be many MiB. Raises Error."""
+    _control(context, _SET_SESS_CACHE_MODE, 0)
+
+
+def _control(context: ssl.SSLContext, what: int, value: int) -> None:
     control = _function("SSL_CTX_ctrl")
     control.restype = ctypes.c_long
     control.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_void_p)
-    control(_handle(context), _SET_DH_AUTO, 1, None)
+    control(_handle(context), what, value, None)
 
 
 def _handle(context: ssl.SSLContext) -> ctypes.c_void_p:
