@@ -325,6 +325,7 @@ def _listen_inherited(text: str, backlog: int) -> Listener:
         try:
             sock.listen(backlog)
         except OSError as error:
-            raise Error.from_oserror(f"Failed to listen on file descriptor '{text}'", error) from error
+            hint = "a socket that is connected cannot; systemd passes such with Accept=yes"
+            raise Error.from_oserror(f"Failed to listen on file descriptor '{text}'", error, hint=hint) from error
 
     return Listener(tuple(descriptors.take(text, check)))

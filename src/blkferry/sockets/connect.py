@@ -46,14 +46,6 @@ async def connect(address: SocketAddress) -> socket.socket:
     raise Error(ErrorKind.UNSUPPORTED, f"Connecting to an address of type '{address.type}' is not supported")
 
 
-def prepare(sock: socket.socket, address: SocketAddress) -> None:
-    """Give a connected socket what `address` asks for, and small packets their way."""
-    if isinstance(address, SocketAddressInet):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if address.keep_alive:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-
-
 async def _connect_inet(address: SocketAddressInet) -> socket.socket:
     if not address.host or not address.port:
         raise Error(ErrorKind.INVALID_ARGUMENT, "host and/or port not specified")
@@ -68,7 +60,8 @@ async def _connect_inet(address: SocketAddressInet) -> socket.socket:
             failure = error
             continue
         try:
-            prepare(sock, address)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, address.keep_alive)
         except OSError as error:
             sock.close()
             raise Error.from_oserror(doing, error) from error
