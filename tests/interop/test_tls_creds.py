@@ -24,7 +24,7 @@ from blkferry import Daemon
 from blkferry.objects.authz.list_file import parse
 from blkferry.objects.tls.names import distinguished_name
 
-pytestmark = peers.requires("gnutls-cli", "gnutls-serv", "psktool", "qemu-storage-daemon")
+pytestmark = peers.requires("certtool", "gnutls-cli", "gnutls-serv", "psktool", "qemu-img", "qemu-storage-daemon")
 
 MANUAL = (pathlib.Path(__file__).parents[2] / "docs" / "tls.md").read_text()
 
@@ -284,20 +284,28 @@ def wait_for(condition):
     raise AssertionError("it did not happen within ten seconds")
 
 
+def receive(sock, length):
+    """Exactly so many bytes; MSG_WAITALL does not wait on sockets with a timeout."""
+    data = b""
+    while len(data) < length:
+        piece = sock.recv(length - len(data))
+        if not piece:
+            raise ConnectionResetError("the peer went away")
+        data += piece
+    return data
+
+
 def abort_over_tls(path, context, hostname=None):
     """Begin TLS with an NBD server, and say goodbye within it. Raises OSError when it does not let us."""
     with socket.socket(socket.AF_UNIX) as plain:
         plain.settimeout(20)
         plain.connect(os.fspath(path))
-        assert plain.recv(18, socket.MSG_WAITALL)[:8] == b"NBDMAGIC"
+        assert receive(plain, 18)[:8] == b"NBDMAGIC"
         plain.sendall(struct.pack(">I8sII", 3, b"IHAVEOPT", STARTTLS, 0))
-        assert struct.unpack(">QIII", plain.recv(20, socket.MSG_WAITALL))[1:3] == (STARTTLS, 1)
+        assert struct.unpack(">QIII", receive(plain, 20))[1:3] == (STARTTLS, 1)
         with context.wrap_socket(plain, server_hostname=hostname) as secured:
             secured.sendall(struct.pack(">8sII", b"IHAVEOPT", ABORT, 0))
-            reply = secured.recv(20)
-            if not reply:
-                raise ConnectionResetError("the server went away")
-            assert struct.unpack(">QIII", reply)[1:] == (ABORT, 1, 0)
+            assert struct.unpack(">QIII", receive(secured, 20))[1:] == (ABORT, 1, 0)
 
 
 async def test_qemu_with_certificates(tmp_path):
@@ -393,3 +401,60 @@ async def test_names_are_written_as_qemu_compares_them(tmp_path):
             if found is None or found[1] != distinguished_name(pair.der):
                 differing.append((told, distinguished_name(pair.der)))
     assert not differing
+
+
+# -- QEMU is the client --------------------------------------------------------------------------------------
+
+
+def begin_tls(context, listener, outcome):
+    """Begin TLS with one NBD client and take one option; `outcome` gets its magic, or the error."""
+    plain, _address = listener.accept()
+    plain.settimeout(20)
+    try:
+        plain.sendall(struct.pack(">8s8sH", b"NBDMAGIC", b"IHAVEOPT", 3))
+        asked = struct.unpack(">I8sII", receive(plain, 20))
+        assert asked[2:] == (STARTTLS, 0)
+        plain.sendall(struct.pack(">QIII", 0x3E889045565A9, STARTTLS, 1, 0))
+        with context.wrap_socket(plain, server_side=True) as secured:
+            outcome.append(receive(secured, 8))
+    except OSError as error:
+        outcome.append(error)
+    finally:
+        plain.close()
+
+
+def qemu_img(context, creds):
+    """Have qemu-img connect to us; how we saw it."""
+    outcome = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = threading.Thread(target=begin_tls, args=(context, listener, outcome))
+        server.start()
+        image = f"driver=nbd,host=127.0.0.1,port={listener.getsockname()[1]},tls-creds=tls"
+        if "x509" in creds:
+            image += ",tls-hostname=localhost"
+        # It fails at last, for there is no export.
+        peers.run("qemu-img", "info", "--object", f"{creds},id=tls,endpoint=client", "--image-opts", image, expect=1)
+        server.join(30)
+    return outcome[0]
+
+
+async def test_qemu_client_with_a_certificate(tmp_path):
+    directory, _ca = pki.complete(tmp_path / "pki")
+    context = await credentials("x509", "server", directory)
+    assert qemu_img(context, f"tls-creds-x509,dir={directory}") == b"IHAVEOPT"
+    pki.write(directory, client=pki.issue("stranger", pki.authority("elsewhere")))
+    refused = qemu_img(context, f"tls-creds-x509,dir={directory},sanity-check=off")
+    assert isinstance(refused, ssl.SSLCertVerificationError)
+
+
+async def test_qemu_client_with_a_key(keys, tmp_path):
+    directory, key = keys
+    context = await credentials("psk", "server", directory)
+    assert qemu_img(context, f"tls-creds-psk,dir={directory}") == b"IHAVEOPT"
+    assert qemu_img(context, f"tls-creds-psk,dir={directory},username=other") == b"IHAVEOPT"
+    (tmp_path / "keys.psk").write_text(f"qemu:{key[::-1]}\n")
+    assert isinstance(qemu_img(context, f"tls-creds-psk,dir={tmp_path}"), ssl.SSLError)
+
+
+async def test_qemu_client_without_credentials():
+    assert qemu_img(await credentials("anon", "server"), "tls-creds-anon") == b"IHAVEOPT"
