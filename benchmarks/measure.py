@@ -24,6 +24,7 @@ from workloads import Row
 
 TICK_SECONDS = 1 / os.sysconf("SC_CLK_TCK")
 FIO_GRACE = 30.0  # to start, to connect, and to write its answer
+NOBODY = 65534
 SETTLE_SECONDS = 1.0  # an idle server may still poll for a moment after its last request
 
 
@@ -67,10 +68,10 @@ def thread_totals(pid: int) -> tuple[int, int]:
 def fio(row: Row, socket: Path, seconds: float) -> dict[str, object]:
     """Run the client to its end; the answer is fio's own account of the (one, grouped) job.
 
-    libnbd looks for credentials in the home directory.
+    libnbd takes no credentials from fio. It looks for them in the home directory of whoever is not root.
     """
     command = [
-        *peer("fio"),
+        *(_as_nobody("fio") if row.tls and not os.geteuid() else peer("fio")),
         f"--name={row.name}",
         "--ioengine=nbd",
         f"--uri=nbd{'s' if row.tls else ''}+unix:///{EXPORT}?socket={quote(str(socket))}",
@@ -105,10 +106,18 @@ def fio(row: Row, socket: Path, seconds: float) -> dict[str, object]:
     return job
 
 
+def _as_nobody(program: str) -> list[str]:
+    return [*peer("setpriv"), f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--", program]
+
+
 def credentials(scratch: Path) -> Path:
     """Certificates for the TLS rows, where libnbd looks for them; made once for a run."""
     directory = scratch / ".pki" / "libnbd"
-    return directory if directory.exists() else certificates.make(directory)
+    if not directory.exists():
+        certificates.make(directory)
+        for path in (scratch, *directory.parents[:2], directory, *directory.iterdir()):
+            path.chmod(0o755)
+    return directory
 
 
 def run_workload(row: Row, server: Server, image: Path, scratch: Path, seconds: float) -> Sample:
@@ -124,6 +133,8 @@ def run_workload(row: Row, server: Server, image: Path, scratch: Path, seconds: 
     )
     with serving(server, access) as pid:
         settle(access.content if server is BLKFERRY_RAW and access.content else image, row.cache)
+        if row.tls:
+            access.socket.chmod(0o777)
         before = cpu_ticks(pid)
         job = fio(row, access.socket, seconds)
         ticks = cpu_ticks(pid) - before

@@ -90,8 +90,9 @@ class TlsCreds(BlkObject):
         context.verify_mode = ssl.CERT_NONE
         if server:
             context.num_tickets = 0
-            with contextlib.suppress(Error):  # a cache is no reason to do without TLS
+            with contextlib.suppress(Error):  # neither is a reason to do without TLS
                 openssl.keep_no_sessions(context)
+                openssl.prefer_fast_ciphers(context)
         if self._priority is not None:
             restrict(context, self._priority)
         return context
