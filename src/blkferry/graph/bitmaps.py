@@ -29,9 +29,7 @@ class DirtyBitmap:
     names who works with it, for as long as nobody else may. `changed` tells whether a bit was since it was loaded.
     """
 
-    def __init__(
-        self, name: str, size: int, granularity_bits: int, *, enabled: bool, persistent: bool = False
-    ) -> None:
+    def __init__(self, name: str, size: int, granularity_bits: int, *, enabled: bool, persistent: bool = False) -> None:
         self.name = name
         self.size = size
         self.granularity_bits = granularity_bits
@@ -112,6 +110,13 @@ class DirtyBitmap:
         bits[last_byte] |= last_mask
         if last_byte - first_byte > 1:
             bits[first_byte + 1 : last_byte] = b"\xff" * (last_byte - first_byte - 1)
+
+    def covers(self, start: int, end: int) -> bool:
+        """Whether all bytes from `start` to `end` (more than none, inside the node) are marked."""
+        first, last = start >> self.granularity_bits, (end - 1) >> self.granularity_bits
+        if first == last:
+            return self._is_set(first)
+        return self._next(first, set_=False) > last
 
     def runs(self, start: int, end: int) -> Iterator[tuple[int, bool]]:
         """What the range from `start` to `end` (inside the node) consists of: lengths in bytes, and whether dirty.
