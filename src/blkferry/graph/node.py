@@ -136,7 +136,7 @@ class Node:
         del granularity_bits
         raise Error(
             ErrorKind.UNSUPPORTED,
-            f"Cannot store dirty bitmaps in '{self.name}'",
+            f"Can't store persistent bitmaps to {self.name}: Operation not supported",
             hint="Leave out persistent, or use a qcow2 node.",
             node=self.name,
             bitmap=name,

@@ -3,7 +3,7 @@
 import enum
 from typing import Annotated, Literal
 
-from blkferry.schema.qapi import Command, Doc, Named, Struct, branch, union
+from blkferry.schema.qapi import Command, Doc, Named, Struct, Uint32, branch, union
 
 UNSTABLE = "unstable"
 
@@ -21,7 +21,7 @@ class BlockDirtyBitmapAdd(Struct):
     node: Annotated[str, Doc("the node", since="2.4")]
     name: Annotated[str, Doc("name of the bitmap, at most 1023 bytes", since="2.4")]
     granularity: Annotated[
-        int | None,
+        Uint32 | None,
         Doc(
             "bytes a bit, a power of two from 512 to 2 GiB (default: cluster size, 4 to 64 KiB; else 64 KiB)",
             since="2.4",

@@ -75,8 +75,6 @@ def _add(graph: Graph, wanted: BlockDirtyBitmapAdd) -> Undo:
             hint="And at most 2 GiB.",
             granularity=granularity,
         )
-    if len(wanted.name.encode()) > MAX_NAME:
-        raise Error(ErrorKind.INVALID_ARGUMENT, "Bitmap name too long", hint=f"At most {MAX_NAME} bytes.")
     if wanted.name in node.dirty_bitmaps:
         raise Error(ErrorKind.EXISTS, f"Bitmap already exists: {wanted.name}", node=node.name)
     bits = granularity.bit_length() - 1
@@ -84,6 +82,10 @@ def _add(graph: Graph, wanted: BlockDirtyBitmapAdd) -> Undo:
         if node.read_only:
             raise Error(ErrorKind.DENIED, f"Block node is read-only: '{node.name}'", node=node.name)
         node.check_bitmap_storable(wanted.name, bits)
+    if len(wanted.name.encode()) > MAX_NAME:
+        raise Error(
+            ErrorKind.INVALID_ARGUMENT, f"Bitmap name too long: {wanted.name}", hint=f"At most {MAX_NAME} bytes."
+        )
     bitmap = DirtyBitmap(wanted.name, node.length, bits, enabled=not wanted.disabled, persistent=wanted.persistent)
     bitmap.changed = True
     node.dirty_bitmaps[wanted.name] = bitmap

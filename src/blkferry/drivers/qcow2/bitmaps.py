@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from blkferry.drivers.qcow2 import bitmap_directory
-from blkferry.drivers.qcow2.bitmap_directory import ALL_ONES, MAX_BITMAP_SIZE, BitmapEntry, BitmapFlags
+from blkferry.drivers.qcow2.bitmap_directory import ALL_ONES, MAX_BITMAP_SIZE, MAX_NAME, BitmapEntry, BitmapFlags
 from blkferry.drivers.qcow2.extensions import MAX_BITMAP_DIRECTORY_SIZE, MAX_BITMAPS, BitmapsExtension
 from blkferry.drivers.qcow2.header import Autoclear
 from blkferry.errors import Error, ErrorKind
@@ -52,9 +52,11 @@ class StoredBitmaps:
         allocated = header.cluster_size * bitmap_directory.table_size_of(
             node.length, granularity_bits, header.cluster_size
         )
-        directory = sum(bitmap_directory.entry_size(each) for each in (*names, name))
+        directory = sum(map(bitmap_directory.entry_size, (*names, name)))
         if header.version < 3:
             wrong = "Cannot store dirty bitmaps in qcow2 v2 files"
+        elif len(name.encode()) > MAX_NAME:
+            wrong = f"Name length exceeds maximum ({MAX_NAME} characters)"
         elif name in names:
             wrong = f"Bitmap with the same name is already stored in the image: '{name}'"
         elif len(names) >= MAX_BITMAPS:
