@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import qsd
 
 pytestmark = peers.requires("qemu-img", "qemu-storage-daemon")
 MIB = 1 << 20
+BLKFERRY = [sys.executable, "-m", "blkferry.cli.main", "image"]
 
 
 def image(path, size="16M"):
@@ -227,3 +229,33 @@ def test_the_digest_of_nothing_is_that_of_a_word(tmp_path):
         add(daemon, image(tmp_path / "a", "512"))
         daemon.execute("block-dirty-bitmap-add", node="n", name="b")
         assert digest(daemon, "b") == hashlib.sha256(bytes(8)).hexdigest()
+
+
+def test_the_image_command_does_what_qemu_img_does(tmp_path):
+    steps = [
+        ("--add", "-g", "4096", "T", "one"),
+        ("--add", "--disable", "T", "two"),
+        ("--merge", "src", "-b", "S", "-F", "qcow2", "T", "two"),
+        ("--merge", "two", "--disable", "T", "one"),
+        ("--add", "T", "three"),
+        ("--clear", "--enable", "T", "two"),
+        ("--remove", "T", "three"),
+    ]
+    source = image(tmp_path / "source")
+    peers.run("qemu-img", "bitmap", "--add", source, "src")
+    peers.run("qemu-io", "-c", "write 1M 8k", source)
+    digests = {}
+    for who, command in (
+        ("theirs", lambda *argv: peers.run("qemu-img", "bitmap", *argv)),
+        ("ours", lambda *argv: subprocess.run([*BLKFERRY, "bitmap", *argv], check=True, timeout=60)),
+    ):
+        target = image(tmp_path / who)
+        for step in steps:
+            command(*({"T": target, "S": source}.get(each, each) for each in step))
+        peers.run("qemu-img", "check", "-q", target)
+        flags = {name: (each["flags"], each["granularity"]) for name, each in stored(target).items()}
+        with DaemonThread() as daemon:
+            add(daemon, target)
+            digests[who] = flags, {name: (digest(daemon, name), bitmaps(daemon)[name]["count"]) for name in flags}
+    assert digests["ours"] == digests["theirs"]
+    assert digests["ours"][1]["one"][1] == 65536

@@ -214,7 +214,6 @@ def defaults(cls: type[Struct]) -> dict[str, object]:
 # -- integers ------------------------------------------------------------------------------------------------
 
 Int32 = Annotated[int, Integer("int32_t", -(2**31), 2**31 - 1)]
-Uint32 = Annotated[int, Integer("uint32_t", 0, 2**32 - 1)]
 Uint8 = Annotated[int, Integer("uint8_t", 0, 2**8 - 1)]
 Uint16 = Annotated[int, Integer("uint16_t", 0, 2**16 - 1)]
 Uint32 = Annotated[int, Integer("uint32_t", 0, 2**32 - 1)]
