@@ -62,7 +62,23 @@ class Miss(NamedTuple):
 
 
 def resolve(node: Node, start: int, length: int, effort: Effort) -> list[Run] | Miss:
-    """Runs from `start`, over `length` bytes at most, or what has to be loaded before the first can be told."""
+    """Runs from `start`, over `length` bytes at most, or what has to be loaded before the first can be told.
+
+    Nothing is to be overwritten in place that a bitmap of a node on the way has yet to mark: that node is the writer.
+    """
+    marked = True
+    if node.dirty_bitmaps:
+        if effort is Effort.PLACE:
+            length, marked = node.marked_stretch(start, length)
+        else:
+            marked = not node.recording
+    found = _resolve(node, start, length, effort)
+    if marked or isinstance(found, Miss):
+        return found
+    return [run._replace(in_place=False, writer=node, writer_offset=run.start) for run in found]
+
+
+def _resolve(node: Node, start: int, length: int, effort: Effort) -> list[Run] | Miss:
     extents = node.lookup(start, length, effort)
     if extents is None:
         return Miss(node, start, length)
@@ -190,7 +206,10 @@ async def write(node: Node, start: int, view: memoryview, *, fua: bool = False) 
         runs = await load_runs(node, start + done, len(view) - done)
         if not runs[0].in_place:
             length = _same_writer(runs)
-            await runs[0].writer.write(runs[0].writer_offset, view[done : done + length])
+            writer, at = runs[0].writer, runs[0].writer_offset
+            if writer.mark_dirty_bitmaps(at, at + length):
+                continue  # that may have been all that was in the way
+            await writer.write(at, view[done : done + length])
             done += length
             flush = fua
             continue  # the writer took its time: what was looked up is stale
@@ -223,6 +242,7 @@ def write_now(node: Node, start: int, view: memoryview) -> bool:
     When it was not, a part may have been written all the same: `write` does it again.
     """
     if node.writes_now:
+        node.mark_dirty_bitmaps(start, start + len(view))
         return node.write_now(start, view)
     done = 0
     while done < len(view):
@@ -231,7 +251,10 @@ def write_now(node: Node, start: int, view: memoryview) -> bool:
             return False
         if not runs[0].in_place:
             length = _same_writer(runs)
-            if not runs[0].writer.write_now(runs[0].writer_offset, view[done : done + length]):
+            writer, at = runs[0].writer, runs[0].writer_offset
+            if writer.mark_dirty_bitmaps(at, at + length):
+                continue
+            if not writer.write_now(at, view[done : done + length]):
                 return False
             done += length
             continue
@@ -268,6 +291,7 @@ async def _write_storage(storage: Storage, offset: int, view: memoryview, fua: b
 
 async def write_zeroes(node: Node, start: int, length: int, *, unmap: bool, fast: bool = False) -> None:
     """Make the range read as zeroes; `unmap` allows holes, `fast` refuses (ENOTSUP) to write them."""
+    node.mark_dirty_bitmaps(start, start + length)
     alignment = node.remap_alignment
     first, last = align_up(start, alignment), align_down(start + length, alignment)
     if first >= last:
@@ -298,4 +322,6 @@ async def discard(node: Node, start: int, length: int) -> None:
     alignment = node.remap_alignment
     first, last = align_up(start, alignment), align_down(start + length, alignment)
     if first < last:
+        if node.unmaps:
+            node.mark_dirty_bitmaps(first, last)
         await node.discard(first, last - first)

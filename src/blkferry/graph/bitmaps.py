@@ -111,6 +111,13 @@ class DirtyBitmap:
         if last_byte - first_byte > 1:
             bits[first_byte + 1 : last_byte] = b"\xff" * (last_byte - first_byte - 1)
 
+    def covers(self, start: int, end: int) -> bool:
+        """Whether all bytes from `start` to `end` (more than none, inside the node) are marked."""
+        first, last = start >> self.granularity_bits, (end - 1) >> self.granularity_bits
+        if first == last:
+            return self._is_set(first)
+        return self._next(first, last + 1, set_=False) > last
+
     def runs(self, start: int, end: int) -> Iterator[tuple[int, bool]]:
         """What the range from `start` to `end` (inside the node) consists of: lengths in bytes, and whether dirty.
 

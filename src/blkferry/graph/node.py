@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from blkferry.errors import Error, ErrorKind
@@ -24,6 +24,7 @@ from blkferry.schema.block import (
 )
 from blkferry.schema.create import BlockdevCreateOptions
 from blkferry.schema.image import ImageInfo, SnapshotInfo
+from blkferry.units import align_down, align_up
 
 if TYPE_CHECKING:
     from blkferry.graph.bitmaps import DirtyBitmap
@@ -114,6 +115,60 @@ class Node:
         del role, start, end
         self.retire()
 
+    # What was written -------------------------------------------------------------------------------------------
+
+    @property
+    def recording(self) -> list[DirtyBitmap]:
+        """The bitmaps that have to hear of every write, all as long as the node."""
+        if not self.dirty_bitmaps:
+            return []
+        self.fit_bitmaps()
+        return [bitmap for bitmap in self.dirty_bitmaps.values() if bitmap.enabled]
+
+    def fit_bitmaps(self) -> None:
+        """Bitmaps are as long as the node."""
+        for bitmap in self.dirty_bitmaps.values():
+            if bitmap.size != self.length and not bitmap.inconsistent:
+                bitmap.resize(self.length)
+
+    def check_bitmap_storable(self, name: str, granularity_bits: int) -> None:
+        """Raise Error unless the image can keep another persistent bitmap like this."""
+        del granularity_bits
+        raise Error(
+            ErrorKind.UNSUPPORTED,
+            f"Can't store persistent bitmaps to {self.name}: Operation not supported",
+            hint="Leave out persistent, or use a qcow2 node.",
+            node=self.name,
+            bitmap=name,
+        )
+
+    async def remove_stored_bitmap(self, name: str) -> None:
+        """Take a persistent bitmap out of the image. Raises Error or OSError."""
+
+    def mark_dirty_bitmaps(self, start: int, end: int) -> bool:
+        """Note in the bitmaps that record that a range is about to be written; tells whether it was news to any.
+
+        Places in a range that was marked before may be written without asking again, until `retire`.
+        """
+        if not self.dirty_bitmaps or start >= (end := min(end, self.length)):
+            return False
+        news = [bitmap for bitmap in self.recording if not bitmap.covers(start, end)]
+        for bitmap in news:
+            bitmap.mark(start, end)
+        if news:
+            granule = max(bitmap.granularity for bitmap in news)
+            self.retire(align_down(start, granule), min(align_up(end, granule), self.length))
+        return bool(news)
+
+    def marked_stretch(self, start: int, length: int) -> tuple[int, bool]:
+        """How many bytes from `start` on, up to `length`, are alike, and whether all that records has them marked."""
+        end, marked = min(start + length, self.length), True
+        for bitmap in self.recording:
+            if start < end:
+                found, dirty = next(bitmap.runs(start, end))
+                end, marked = start + found, marked and dirty
+        return (end - start, marked) if start < end else (length, marked)
+
     # Bytes only the driver can produce -------------------------------------------------------------------------
 
     async def read(self, start: int, view: memoryview) -> None:
@@ -145,13 +200,24 @@ class Node:
         Raises OSError(ENOTSUP) when it cannot be done, or not fast.
         """
         unmap = unmap and self.unmaps
-        await self._on_children(start, length, lambda node, at, n: node.remap(at, n, unmap=unmap, fast=fast))
+
+        def act(node: Node, at: int, n: int) -> Coroutine[Any, Any, None]:
+            node.mark_dirty_bitmaps(at, at + n)
+            return node.remap(at, n, unmap=unmap, fast=fast)
+
+        await self._on_children(start, length, act)
 
     async def discard(self, start: int, length: int) -> None:
         """Give space back where the `discard` option wants it; the range then reads as before or as zeroes."""
         if not self.unmaps:
             return
-        await self._on_children(start, length, lambda node, at, n: node.discard(at, n))
+
+        def act(node: Node, at: int, n: int) -> Coroutine[Any, Any, None]:
+            if node.unmaps:
+                node.mark_dirty_bitmaps(at, at + n)
+            return node.discard(at, n)
+
+        await self._on_children(start, length, act)
 
     async def prefetch(self, start: int, length: int) -> None:
         """Bring the range into the page cache."""

@@ -93,7 +93,19 @@ class BlockdevCacheInfo(Struct):
     no_flush: Annotated[bool, Doc("flush requests are ignored")]
 
 
-class BlockDeviceInfo(Struct, rename={"node_name": "node-name"}):
+class BlockDirtyInfo(Struct):
+    """A dirty bitmap, as queries list it."""
+
+    name: Annotated[str | None, Doc("its name", since="2.4")] = None
+    count: Annotated[int, Doc("how many bytes are dirty")]
+    granularity: Annotated[int, Doc("bytes a bit", since="1.4")]
+    recording: Annotated[bool, Doc("writes are marked", since="4.0")]
+    busy: Annotated[bool, Doc("a job or an export uses it: it cannot be changed", since="4.0")]
+    persistent: Annotated[bool, Doc("it is stored with the image", since="4.0")]
+    inconsistent: Annotated[bool | None, Doc("it was not stored in order and can only be removed", since="4.0")] = None
+
+
+class BlockDeviceInfo(Struct, rename={"node_name": "node-name", "dirty_bitmaps": "dirty-bitmaps"}):
     """A node, as query-named-block-nodes lists it. Its names mix dashes and underscores, and are QEMU's."""
 
     file: Annotated[str, Doc("name of the image file")]
@@ -107,6 +119,9 @@ class BlockDeviceInfo(Struct, rename={"node_name": "node-name"}):
     detect_zeroes: Annotated[
         BlockdevDetectZeroesOptions, Doc("what becomes of a write of zeros", since="2.1", always=True)
     ] = BlockdevDetectZeroesOptions.OFF
+    dirty_bitmaps: Annotated[list[BlockDirtyInfo] | None, Doc("the dirty bitmaps, if there are any", since="4.2")] = (
+        None
+    )
     bps: Annotated[int, Doc("total throughput limit in bytes per second, 0 if none", always=True)] = 0
     bps_rd: Annotated[int, Doc("read throughput limit", always=True)] = 0
     bps_wr: Annotated[int, Doc("write throughput limit", always=True)] = 0

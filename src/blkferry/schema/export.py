@@ -7,6 +7,7 @@ them.
 import enum
 from typing import Annotated, Literal
 
+from blkferry.schema.bitmap import BlockDirtyBitmapOrStr
 from blkferry.schema.qapi import DEPRECATED, EXTENSION, Command, Doc, Event, Named, Struct, TagOf, Uint32, branch, union
 from blkferry.schema.sockets import SocketAddress, SocketAddressLegacy
 
@@ -81,17 +82,6 @@ class NbdServerAdd(Struct):
     description: Annotated[str | None, Doc("free text for clients, at most 4096 bytes", since="5.0")] = None
     writable: Annotated[bool, Doc("clients may write, if the node can be written")] = False
     bitmap: Annotated[str | None, Doc("a dirty bitmap that clients may ask for", since="4.0")] = None
-
-
-class BlockDirtyBitmap(Struct):
-    """A dirty bitmap of a node."""
-
-    node: Annotated[str, Doc("the node that has it", since="2.4")]
-    name: Annotated[str, Doc("its name", since="2.4")]
-
-
-BlockDirtyBitmapOrStr = Annotated[str | BlockDirtyBitmap, Named("BlockDirtyBitmapOrStr")]
-"""A dirty bitmap of a node that the context names, or of any node."""
 
 
 Iothreads = Annotated[str | list[str], Named("BlockExportIothreads")]

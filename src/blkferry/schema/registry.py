@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from blkferry.schema import block, char, control, create, export, job, qom, snapshot
+from blkferry.schema import bitmap, block, char, control, create, export, job, qom, snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 COMMANDS: Mapping[str, Command] = {
     command.name: command
-    for module in (control, block, create, snapshot, job, export, qom, char)
+    for module in (control, block, bitmap, create, snapshot, job, export, qom, char)
     for command in module.COMMANDS
 }
 

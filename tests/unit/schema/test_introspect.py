@@ -11,6 +11,14 @@ from blkferry.schema.visit import dump, visit
 
 # Members of the arguments of each command in QEMU 10.0; "?" follows those that are optional.
 ARGUMENTS = {
+    "transaction": "actions:array properties?:object",
+    "block-dirty-bitmap-add": "node:str name:str granularity?:int persistent?:bool disabled?:bool",
+    "block-dirty-bitmap-remove": "node:str name:str",
+    "block-dirty-bitmap-clear": "node:str name:str",
+    "block-dirty-bitmap-enable": "node:str name:str",
+    "block-dirty-bitmap-disable": "node:str name:str",
+    "block-dirty-bitmap-merge": "node:str target:str bitmaps:array",
+    "x-debug-block-dirty-bitmap-sha256": "node:str name:str",
     "blockdev-del": "node-name:str",
     "query-named-block-nodes": "flat?:bool",
     "block_resize": "device?:str node-name?:str size:int",
@@ -64,6 +72,7 @@ RETURNS = {
     "blockdev-snapshot-delete-internal-sync": (
         "id:str name:str vm-state-size:int date-sec:int date-nsec:int vm-clock-sec:int vm-clock-nsec:int icount?:int"
     ),
+    "x-debug-block-dirty-bitmap-sha256": "sha256:str",
     "query-commands": "name:str",
     "query-chardev": "label:str filename:str frontend-open:bool",
     "chardev-add": "pty?:str",
@@ -75,7 +84,7 @@ RETURNS = {
     ),
 }
 # What is not implemented is not promised: these members of QEMU's are left out on purpose.
-LEFT_OUT = {"bps_max", "dirty-bitmaps"}
+LEFT_OUT = {"bps_max"}
 WIDENED = {"iothread"}  # QEMU's, marked as it takes more here
 OURS = {name for name, command in COMMANDS.items() if EXTENSION in command.features}
 VARIANTS = {

@@ -23,6 +23,18 @@ def command(name: str) -> Callable[[Handler], Handler]:
     return register
 
 
-from blkferry.daemon.commands import block, char, control, export, job, objects, snapshot  # noqa: E402 - they register themselves
+from blkferry.daemon.commands import bitmap, block, char, control, export, job, objects, snapshot  # noqa: E402 - they register themselves
 
-__all__ = ["HANDLERS", "Handler", "block", "char", "command", "control", "export", "job", "objects", "snapshot"]
+__all__ = [
+    "HANDLERS",
+    "Handler",
+    "bitmap",
+    "block",
+    "char",
+    "command",
+    "control",
+    "export",
+    "job",
+    "objects",
+    "snapshot",
+]

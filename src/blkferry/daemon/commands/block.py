@@ -20,6 +20,7 @@ from blkferry.schema.block import (
     BlockDeviceInfo,
     BlockdevOptions,
     BlockdevReopen,
+    BlockDirtyInfo,
     BlockResize,
     QueryNamedBlockNodes,
 )
@@ -94,9 +95,26 @@ def _describe(node: Node, *, flat: bool) -> BlockDeviceInfo:
         backing_file_depth=0 if flat else len(chain) - 1,
         encrypted=bool(image.encrypted),
         detect_zeroes=node.options.detect_zeroes,
+        dirty_bitmaps=_dirty_bitmaps(node) or None,
         image=image,
         cache=BlockdevCacheInfo(writeback=True, direct=cache.direct, no_flush=cache.no_flush),
     )
+
+
+def _dirty_bitmaps(node: Node) -> list[BlockDirtyInfo]:
+    node.fit_bitmaps()
+    return [
+        BlockDirtyInfo(
+            name=bitmap.name,
+            count=bitmap.dirty_bytes,
+            granularity=bitmap.granularity,
+            recording=bitmap.enabled,
+            busy=bitmap.busy,
+            persistent=bitmap.persistent,
+            inconsistent=bitmap.inconsistent or None,
+        )
+        for bitmap in reversed(node.dirty_bitmaps.values())
+    ]
 
 
 def _backing_chain(node: Node) -> list[Node]:

@@ -152,6 +152,11 @@ def build(entries: Sequence[BitmapEntry], header: Header) -> bytes:
     return directory
 
 
+def entry_size(name: str) -> int:
+    """Bytes that the entry of a bitmap of this name, without extra data, takes in the directory."""
+    return align_up(_ENTRY.size + len(encode(name, "Bitmap name")), 8)
+
+
 def _build_entry(entry: BitmapEntry) -> bytes:
     name = encode(entry.name, "Bitmap name")
     if len(name) > MAX_NAME:

@@ -11,8 +11,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from blkferry.drivers.qcow2 import bitmap_directory
-from blkferry.drivers.qcow2.bitmap_directory import ALL_ONES, MAX_BITMAP_SIZE, BitmapEntry, BitmapFlags
-from blkferry.drivers.qcow2.extensions import BitmapsExtension
+from blkferry.drivers.qcow2.bitmap_directory import ALL_ONES, MAX_BITMAP_SIZE, MAX_NAME, BitmapEntry, BitmapFlags
+from blkferry.drivers.qcow2.extensions import MAX_BITMAP_DIRECTORY_SIZE, MAX_BITMAPS, BitmapsExtension
 from blkferry.drivers.qcow2.header import Autoclear
 from blkferry.errors import Error, ErrorKind
 from blkferry.graph.bitmaps import DirtyBitmap
@@ -23,38 +23,65 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+def _kept(node: Qcow2) -> dict[str, DirtyBitmap]:
+    """The bitmaps that are to be stored, by name."""
+    return {b.name: b for b in node.dirty_bitmaps.values() if b.persistent and not b.inconsistent}
+
+
 class StoredBitmaps:
-    """The bitmaps of one image."""
+    """What an image's bitmap directory says; the bitmaps themselves are the node's `dirty_bitmaps`."""
 
     def __init__(self) -> None:
         self.entries: list[BitmapEntry] = []
-        self.loaded: dict[str, DirtyBitmap] = {}
 
-    @property
-    def enabled(self) -> bool:
-        """Whether writes have to be marked."""
-        return any(bitmap.enabled for bitmap in self.loaded.values())
-
-    def mark(self, start: int, end: int) -> None:
-        """A range is being written."""
-        for bitmap in self.loaded.values():
-            if bitmap.enabled:
-                bitmap.mark(start, min(end, bitmap.size))
-
-    def check_resize(self) -> None:
+    def check_resize(self, node: Qcow2) -> None:
         """Refuse to resize what is not in memory. Raises Error."""
+        kept = _kept(node)
         for entry in self.entries:
-            if entry.name not in self.loaded:
+            if entry.name not in kept:
                 raise Error(
                     ErrorKind.UNSUPPORTED,
                     f"Cannot resize the image: bitmap '{entry.name}' is inconsistent or unknown",
                     hint="Remove the bitmap first.",
                 )
 
-    def resize(self, length: int) -> None:
-        for bitmap in self.loaded.values():
-            if bitmap.size != length:
-                bitmap.resize(length)
+    def check_new(self, node: Qcow2, name: str, granularity_bits: int) -> None:
+        """Refuse a bitmap that could not be stored besides the others. Raises Error."""
+        header = node.header
+        names = {entry.name for entry in self.entries} | set(_kept(node))
+        allocated = header.cluster_size * bitmap_directory.table_size_of(
+            node.length, granularity_bits, header.cluster_size
+        )
+        directory = sum(map(bitmap_directory.entry_size, (*names, name)))
+        if header.version < 3:
+            wrong = "Cannot store dirty bitmaps in qcow2 v2 files"
+        elif len(name.encode()) > MAX_NAME:
+            wrong = f"Name length exceeds maximum ({MAX_NAME} characters)"
+        elif name in names:
+            wrong = f"Bitmap with the same name is already stored in the image: '{name}'"
+        elif len(names) >= MAX_BITMAPS:
+            wrong = "Maximum number of persistent bitmaps is already reached"
+        elif directory > MAX_BITMAP_DIRECTORY_SIZE:
+            wrong = "Not enough space in the bitmap directory"
+        elif allocated > MAX_BITMAP_SIZE:
+            wrong = "Too much space will be occupied by the bitmap. Use larger granularity"
+        else:
+            return
+        raise Error(
+            ErrorKind.UNSUPPORTED, f"Can't make bitmap '{name}' persistent in '{node.name}': {wrong}", node=node.name
+        )
+
+    async def remove(self, node: Qcow2, name: str) -> None:
+        """Take a bitmap out of the image, if it is there. Raises Error or OSError."""
+        gone = [entry for entry in self.entries if entry.name == name]
+        if not gone:
+            return
+        obsolete: list[tuple[int, int]] = []
+        try:
+            obsolete = await self._clusters_of(node, gone[0])
+        except Error as error:  # a table that makes no sense: what it takes stays taken, for a check to find
+            log.warning("%s: bitmap '%s' is removed, but not its clusters: %s", node.filename(), name, error)
+        await self._write_directory(node, [entry for entry in self.entries if entry.name != name], obsolete)
 
     # Loading ---------------------------------------------------------------------------------------------------
 
@@ -63,8 +90,6 @@ class StoredBitmaps:
 
         Raises Error or OSError.
         """
-        before = dict(node.dirty_bitmaps)
-        node.dirty_bitmaps.clear()
         header = node.header
         extension = header.bitmaps
         if extension is None:
@@ -86,44 +111,32 @@ class StoredBitmaps:
         data = bytes(await file.get(extension.directory_offset, extension.directory_size))
         self.entries = bitmap_directory.parse(data, extension.count, header)
         for entry in self.entries:
-            if not entry.usable:
-                log.warning("%s: bitmap '%s' is of an unknown kind and stays unused", node.filename(), entry.name)
+            if entry.usable:
+                _put(node, await self._load_one(node, entry))
             else:
-                node.dirty_bitmaps[entry.name] = await self._load_one(node, entry, before.get(entry.name))
+                log.warning("%s: bitmap '%s' is of an unknown kind and stays unused", node.filename(), entry.name)
         if node.metadata.writable:
             await self.take_into_use(node)
 
-    async def _load_one(self, node: Qcow2, entry: BitmapEntry, before: DirtyBitmap | None) -> DirtyBitmap:
+    async def _load_one(self, node: Qcow2, entry: BitmapEntry) -> DirtyBitmap:
         if not entry.flags & BitmapFlags.IN_USE:
             try:
                 if not node.metadata.writable:
-                    self._check_room(node, entry)
-                bitmap = await self._read(node, entry)
+                    _check_room(node, entry)
+                return await self._read(node, entry)
             except (Error, OSError) as error:
                 if node.metadata.writable:
                     raise
                 log.warning("%s: bitmap '%s' cannot be read: %s", node.filename(), entry.name, error)  # its disk can
-            else:
-                if before is not None and before.granularity_bits == bitmap.granularity_bits:
-                    before.size, before.bits, before.enabled = bitmap.size, bitmap.bits, bitmap.enabled
-                    before.changed = False
-                    bitmap = before  # an export may be using it
-                self.loaded[entry.name] = bitmap
-                return bitmap
         log.warning("%s: bitmap '%s' is inconsistent and stays unused", node.filename(), entry.name)
-        bitmap = DirtyBitmap(entry.name, 0, entry.granularity_bits, enabled=False, persistent=True)  # it needs no bits
-        bitmap.inconsistent = True
-        return bitmap
-
-    def _check_room(self, node: Qcow2, entry: BitmapEntry) -> None:
-        """A small file can name huge bitmaps: those who only read the disk do not pay for more than the largest one."""
-        needed = sum(len(bitmap.bits) for bitmap in self.loaded.values()) + (node.length >> entry.granularity_bits + 3)
-        if needed > MAX_BITMAP_SIZE:
-            raise Error(ErrorKind.NO_SPACE, f"the bitmaps would take {needed} bytes of memory")
+        lost = DirtyBitmap(entry.name, 0, entry.granularity_bits, enabled=False, persistent=True)  # it needs no bits
+        lost.inconsistent = True
+        return lost
 
     async def take_into_use(self, node: Qcow2) -> None:
         """Say in the image that what is in memory is newer from now on. Raises OSError."""
-        if self.loaded:
+        kept = _kept(node)
+        if any(entry.name in kept for entry in self.entries):
             await self._write_flags(node, BitmapFlags.IN_USE)
 
     async def _read(self, node: Qcow2, entry: BitmapEntry) -> DirtyBitmap:
@@ -146,8 +159,9 @@ class StoredBitmaps:
 
     async def _write_flags(self, node: Qcow2, in_use: BitmapFlags) -> None:
         """Say in place, durably, whether the image's copies of the loaded bitmaps are in use."""
+        kept = _kept(node)
         self.entries = [
-            replace(entry, flags=(entry.flags & ~BitmapFlags.IN_USE) | in_use) if entry.name in self.loaded else entry
+            replace(entry, flags=(entry.flags & ~BitmapFlags.IN_USE) | in_use) if entry.name in kept else entry
             for entry in self.entries
         ]
         extension = node.header.bitmaps
@@ -160,42 +174,62 @@ class StoredBitmaps:
 
     async def store(self, node: Qcow2) -> None:
         """Write back what has changed, and say that the image's copies are good again. Raises Error or OSError."""
-        if not self.loaded:
+        kept = _kept(node)
+        if not kept:
             return
-        if any(bitmap.changed for bitmap in self.loaded.values()):
-            await self._store_changed(node)
+        if any(bitmap.changed for bitmap in kept.values()):
+            await self._store_changed(node, kept)
         else:
             await self._write_flags(node, BitmapFlags(0))
 
-    async def _store_changed(self, node: Qcow2) -> None:
-        metadata = node.metadata
+    async def _store_changed(self, node: Qcow2, kept: dict[str, DirtyBitmap]) -> None:
         obsolete: list[tuple[int, int]] = []
         entries: list[BitmapEntry] = []
-        bits = node.header.cluster_bits
         for entry in self.entries:
-            bitmap = self.loaded.get(entry.name)
+            bitmap = kept.get(entry.name)
             if bitmap is None:
                 entries.append(entry)
                 continue
-            flags = (entry.flags & ~(BitmapFlags.IN_USE | BitmapFlags.AUTO)) | (
-                BitmapFlags.AUTO if bitmap.enabled else BitmapFlags(0)
-            )
+            flags = (entry.flags & ~(BitmapFlags.IN_USE | BitmapFlags.AUTO)) | _auto(bitmap)
             if not bitmap.changed:
                 entries.append(replace(entry, flags=flags))
                 continue
             obsolete += await self._clusters_of(node, entry)
             offset, size = await self._write(node, bitmap)
             entries.append(replace(entry, flags=flags, table_offset=offset, table_size=size))
-        directory = bitmap_directory.build(entries, node.header)
-        offset = await node.metadata.place_table(directory)
+        known = {entry.name for entry in self.entries}
+        for bitmap in kept.values():
+            if bitmap.name not in known:
+                offset, size = await self._write(node, bitmap)
+                entries.append(
+                    BitmapEntry(
+                        name=bitmap.name,
+                        table_offset=offset,
+                        table_size=size,
+                        flags=_auto(bitmap),
+                        granularity_bits=bitmap.granularity_bits,
+                    )
+                )
+        await self._write_directory(node, entries, obsolete)
+
+    async def _write_directory(self, node: Qcow2, entries: list[BitmapEntry], obsolete: list[tuple[int, int]]) -> None:
+        """Let the image have a new directory, and give up the old one and these runs of clusters."""
+        metadata, header = node.metadata, node.header
+        extension = None
+        if entries:
+            directory = bitmap_directory.build(entries, header)
+            offset = await metadata.place_table(directory)
+            extension = BitmapsExtension(count=len(entries), directory_size=len(directory), directory_offset=offset)
         await metadata.commit()
-        old = node.header.bitmaps
-        assert old is not None
-        await metadata.rewrite_header(
-            bitmaps=BitmapsExtension(count=len(entries), directory_size=len(directory), directory_offset=offset)
-        )
+        old = header.bitmaps if header.autoclear & Autoclear.BITMAPS else None
+        autoclear = header.autoclear & ~Autoclear.BITMAPS
+        if entries:
+            autoclear |= Autoclear.BITMAPS
+        await metadata.rewrite_header(bitmaps=extension, autoclear=autoclear)
         node.header_changed()
-        obsolete.append((old.directory_offset >> bits, metadata.geometry.clusters(old.directory_size)))
+        if old is not None:
+            first = old.directory_offset >> header.cluster_bits
+            obsolete = [*obsolete, (first, metadata.geometry.clusters(old.directory_size))]
         for first, count in obsolete:
             for cluster in range(first, first + count):
                 metadata.known.pop(cluster, None)
@@ -223,3 +257,24 @@ class StoredBitmaps:
             else:
                 table.append(await node.metadata.place_table(part))
         return await node.metadata.place_table(bitmap_directory.build_table(table, size)), entries
+
+
+def _check_room(node: Qcow2, entry: BitmapEntry) -> None:
+    """A small file can name huge bitmaps: those who only read the disk do not pay for more than the largest one."""
+    needed = sum(len(bitmap.bits) for bitmap in _kept(node).values()) + (node.length >> entry.granularity_bits + 3)
+    if needed > MAX_BITMAP_SIZE:
+        raise Error(ErrorKind.NO_SPACE, f"the bitmaps would take {needed} bytes of memory")
+
+
+def _auto(bitmap: DirtyBitmap) -> BitmapFlags:
+    return BitmapFlags.AUTO if bitmap.enabled else BitmapFlags(0)
+
+
+def _put(node: Qcow2, stored: DirtyBitmap) -> None:
+    """The node has this bitmap now; where it had it before the image was opened anew, users keep theirs."""
+    bitmap = node.dirty_bitmaps.get(stored.name)
+    if bitmap is None:
+        node.dirty_bitmaps[stored.name] = stored
+        return
+    bitmap.bits, bitmap.size, bitmap.changed = stored.bits, stored.size, False
+    bitmap.inconsistent = stored.inconsistent

@@ -160,7 +160,7 @@ class Qcow2(Node):
         guest_file = self.data_file or self.file
         mapper.file_length = guest_file.length
         writable = not self.read_only and not self.corrupt and self.options.snapshot is None
-        mapper.in_place = writable and not self._frozen and not self.bitmaps.enabled
+        mapper.in_place = writable and not self._frozen
         self._at_once = (
             writable
             and self.cipher is None
@@ -397,10 +397,11 @@ class Qcow2(Node):
             self.mapper.file_length = length
             self.retire()
 
-    def mark_dirty_bitmaps(self, start: int, end: int) -> None:
-        """Note in the bitmaps that record it that a range is written."""
-        if self.bitmaps.enabled:
-            self.bitmaps.mark(start, end)
+    def check_bitmap_storable(self, name: str, granularity_bits: int) -> None:
+        self.bitmaps.check_new(self, name, granularity_bits)
+
+    async def remove_stored_bitmap(self, name: str) -> None:
+        await self.bitmaps.remove(self, name)
 
     # Who waits for whom ----------------------------------------------------------------------------------------
 

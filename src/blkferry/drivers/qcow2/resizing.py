@@ -38,7 +38,7 @@ async def _resize(node: Qcow2, length: int) -> None:
         raise Error(
             ErrorKind.UNSUPPORTED, "Can't resize a v2 image which has snapshots", hint="Delete them, or make it v3."
         )
-    node.bitmaps.check_resize()
+    node.bitmaps.check_resize(node)
     geometry = node.metadata.geometry
     if geometry.l1_entries(length) * 8 > MAX_L1_BYTES:
         raise Error(
@@ -64,7 +64,7 @@ async def _shrink(node: Qcow2, length: int) -> None:
         await node.remapping.forget(align_up(length, size), align_up(node.length, size))
         await node.metadata.commit()  # first: whoever made the disk longer after a crash would find the old bytes
         await _set_size(node, length)
-    node.bitmaps.resize(length)
+    node.fit_bitmaps()
 
 
 async def _grow(node: Qcow2, old: int, length: int) -> None:
@@ -84,7 +84,7 @@ async def _grow(node: Qcow2, old: int, length: int) -> None:
     except BaseException:
         node.length = old
         raise
-    node.bitmaps.resize(length)
+    node.fit_bitmaps()
     node.retire()
 
 

@@ -131,7 +131,7 @@ async def _apply(node: Qcow2, wanted: str) -> Snapshot:
     metadata = node.metadata
     size = node.header.size if snapshot.disk_size is None else snapshot.disk_size
     if size != node.header.size:
-        node.bitmaps.check_resize()
+        node.bitmaps.check_resize(node)
     if metadata.geometry.l1_entries(size) * 8 > MAX_L1_BYTES:
         raise Error(
             ErrorKind.CORRUPT,
@@ -160,7 +160,7 @@ async def _apply(node: Qcow2, wanted: str) -> Snapshot:
                 await _drop_all(node, old, old_offset)
     except OSError as error:
         raise Error.from_oserror(f"Failed to apply snapshot '{snapshot.name}'", error, node=node.name) from error
-    node.bitmaps.resize(node.length)
+    node.fit_bitmaps()
     node.mark_dirty_bitmaps(0, node.length)
     return snapshot
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from blkferry.graph.bitmaps import DirtyBitmap
     from blkferry.graph.graph import Graph
     from blkferry.graph.node import Node
-    from blkferry.schema.export import BlockDirtyBitmapOrStr
+    from blkferry.schema.bitmap import BlockDirtyBitmapOrStr
 
 
 def acquire_bitmaps(
