@@ -224,3 +224,14 @@ def test_refusals(tmp_path, image):
             with pytest.raises(Error, match="request on write denied without write permission"):
                 add(daemon, socket, export="there")
             add(daemon, socket, export="there", **{"auto-read-only": True})
+
+
+def test_a_uri_is_a_disk(tmp_path, image):
+    socket = tmp_path / "s"
+    with serving(socket, *server_argv("qemu-nbd", socket, image)), DaemonThread() as daemon:
+
+        async def look() -> bytes:
+            async with await daemon.daemon.open(f"nbd+unix:///?socket={socket}") as disk:
+                return await disk.read(0, disk.size)
+
+        assert daemon.call(look) == image.read_bytes()
