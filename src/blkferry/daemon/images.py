@@ -1,4 +1,5 @@
-"""From what a person calls an image to the options of a node: a path, a block device, "json:{...}", or "memory:1G".
+"""From what a person calls an image to the options of a node: a path, a block device, "json:{...}",
+"memory:1G", or the NBD URI of an export.
 
 What a file holds is looked for in its first bytes where nobody says it, so that a container is never served by mistake
 as the bytes it consists of. An image with backing files is opened with all of them.
@@ -14,6 +15,7 @@ from blkferry.graph import filename
 from blkferry.schema.block import BlockdevOptions
 from blkferry.schema.visit import visit
 from blkferry.units import parse_size
+from blkferry.wire.nbd.uri import is_uri, parse_uri
 
 if TYPE_CHECKING:
     from blkferry.daemon.daemon import Daemon
@@ -38,6 +40,8 @@ def options_for(
     options: dict[str, Any]
     if image.startswith(MEMORY):
         options = {"driver": "memory", "size": _memory_size(image), "read-only": not writable}
+    elif is_uri(image):
+        options = _remote_options(image, image_format, writable=writable)
     else:
         options = _file_options(image, image_format, writable=writable, secrets_of=secrets_of)
         options["cache"] = {"direct": direct}
@@ -57,6 +61,24 @@ def _file_options(image: str, image_format: str | None, *, writable: bool, secre
     if options["driver"] == RAW and isinstance(file, dict) and not image.startswith(filename.JSON):
         return {**file, "read-only": not writable}  # nothing has to stand between the file and its users
     return options if secrets_of is None else with_key(options, secrets_of)
+
+
+def _remote_options(image: str, image_format: str | None, *, writable: bool) -> dict[str, Any]:
+    """What an NBD URI means: raw, unless a format is asked for, for nothing is read to find out."""
+    try:
+        location = parse_uri(image)
+    except ValueError as error:
+        raise Error(ErrorKind.INVALID_ARGUMENT, f"'{image}': {error}", hint="Like nbd://host/name.") from error
+    server: dict[str, Any] = {"type": "unix", "path": location.socket}
+    if location.kind == "tcp":
+        server = {"type": "inet", "host": location.host, "port": str(location.port)}
+    elif location.kind == "vsock":
+        server = {"type": "vsock", "cid": location.host, "port": str(location.port)}
+    options: dict[str, Any] = {"driver": "nbd", "server": server, "export": location.export, "read-only": not writable}
+    if image_format in (None, RAW):
+        return options
+    check_format(image_format)
+    return {"driver": image_format, "file": options, "read-only": not writable}
 
 
 def _memory_size(image: str) -> int:

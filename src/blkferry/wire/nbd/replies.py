@@ -9,7 +9,8 @@ is buffered; content that is returned lies within the request it answers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from bisect import bisect
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from blkferry.wire.nbd.constants import (
@@ -84,13 +85,13 @@ class _Pending:
     request: Request
     unanswered: int  # bytes of a READ for which no content has come
     failed: bool = False
+    parts: list[tuple[int, int]] = field(default_factory=list)  # start and end of what has come, in order
 
 
 class Replies:
     """The stream of replies in one mode. `expect` every request before its reply can arrive.
 
-    The bytes of all content chunks are counted, so a reply is complete in sum; that no chunk overlaps another
-    while leaving a gap elsewhere is not tracked.
+    A READ is complete when its content chunks, of which none may overlap another, add up to its length.
     """
 
     def __init__(self, mode: Mode) -> None:
@@ -206,8 +207,12 @@ def _account(pending: _Pending, offset: int, length: int) -> None:
     request = pending.request
     if not length or offset < request.offset or offset + length > request.offset + request.length:
         raise ProtocolError(f"content at {offset}, length {length}, lies outside the READ it answers")
-    if length > pending.unanswered:
+    part = (offset, offset + length)
+    place = bisect(pending.parts, part)
+    before, after = pending.parts[max(place - 1, 0) : place], pending.parts[place : place + 1]
+    if any(end > offset for _, end in before) or any(start < offset + length for start, _ in after):
         raise ProtocolError(f"content at {offset}, length {length}, repeats what was sent before")
+    pending.parts.insert(place, part)
     pending.unanswered -= length
 
 

@@ -1,0 +1,1 @@
+"""The `nbd` driver: a node whose bytes are another server's export."""

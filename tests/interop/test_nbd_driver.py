@@ -1,0 +1,237 @@
+"""The nbd driver in front of other people's servers: what it reads and writes is what they hold."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import peers
+from blkferry.errors import Error
+from blkferry.testing.daemon import DaemonThread
+from blkferry.wire.nbd.constants import Mode
+
+pytestmark = peers.requires("qemu-nbd", "qemu-img", "nbdkit")
+
+SIZE = 8 << 20
+QEMU_NBD = ("qemu-nbd", "--persistent", "--shared=8", "-f", "raw")
+
+
+@contextlib.contextmanager
+def serving(socket: Path, program: str, *argv: str):
+    """A server, from when its socket takes connections until the end of the block."""
+    process = subprocess.Popen([*peers.peer(program), *argv])
+    try:
+        while not socket.exists():
+            assert process.poll() is None, f"{program} has ended"
+            time.sleep(0.02)
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+        socket.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / "image"
+    data = bytearray(SIZE)
+    data[1 << 20 : 2 << 20] = random.Random(1).randbytes(1 << 20)
+    path.write_bytes(data)
+    return path
+
+
+def server_argv(kind: str, socket: Path, image: Path) -> list[str]:
+    if kind == "qemu-nbd":
+        return [*QEMU_NBD, "-k", str(socket), str(image)]
+    filters = {
+        "nbdkit": [],
+        "nbdkit --no-sr": ["--no-sr"],
+        "blocksize-policy": ["--filter=blocksize-policy"],
+    }[kind]
+    policy = ["blocksize-minimum=4096", "blocksize-preferred=4096", "blocksize-maximum=65536"]
+    options = [*policy, "blocksize-error-policy=error"] if kind == "blocksize-policy" else []
+    return ["nbdkit", "-f", "-U", str(socket), *filters, "file", str(image), *options]
+
+
+def add(daemon: DaemonThread, socket: Path, **options: object) -> None:
+    daemon.execute(
+        "blockdev-add",
+        **{
+            "driver": "nbd",
+            "node-name": "n",
+            "discard": "unmap",
+            "server": {"type": "unix", "path": str(socket)},
+            **options,
+        },
+    )
+
+
+@pytest.mark.parametrize("kind", ["qemu-nbd", "nbdkit", "nbdkit --no-sr", "blocksize-policy"])
+def test_a_random_history(tmp_path, image, kind):
+    socket = tmp_path / "s"
+    model = bytearray(image.read_bytes())
+    chance = random.Random(kind)
+    with serving(socket, *server_argv(kind, socket, image)), DaemonThread() as daemon:
+        add(daemon, socket)
+        daemon.export("n", writable=True)
+        with daemon.client() as client:
+            assert client.size == SIZE
+            for _ in range(300):
+                length = chance.choice([1, 512, 4096, 70_000, 300_000])
+                at = chance.randrange(SIZE - length)
+                match chance.randrange(4):
+                    case 0:
+                        data = chance.randbytes(length)
+                        client.write(at, data)
+                        model[at : at + length] = data
+                    case 1:
+                        client.zero(at, length)
+                        model[at : at + length] = bytes(length)
+                    case 2:
+                        client.flush()
+                    case _:
+                        assert client.read(at, length) == model[at : at + length]
+            client.flush()
+            assert client.read(0, SIZE) == model
+        daemon.execute("block-export-del", id="e", mode="hard")
+    assert image.read_bytes() == model
+
+
+def test_block_status_is_that_of_the_server(tmp_path, image):
+    socket = tmp_path / "s"
+    image.unlink()
+    with open(image, "wb") as file:
+        file.truncate(SIZE)
+        file.seek(1 << 20)
+        file.write(b"x" * (1 << 20))
+    with serving(socket, *server_argv("qemu-nbd", socket, image)), DaemonThread() as daemon:
+        add(daemon, socket, **{"read-only": True})
+        daemon.export("n", writable=False)
+        with daemon.client(mode=Mode.STRUCTURED) as client:
+            assert client.block_status(0, SIZE) == {0: ((1 << 20, 3), (1 << 20, 0), (6 << 20, 3))}
+
+
+def test_many_requests_are_answered_out_of_order(tmp_path, image):
+    socket = tmp_path / "s"
+    data = image.read_bytes()
+    chance = random.Random(2)
+    with serving(socket, *server_argv("nbdkit", socket, image)), DaemonThread() as daemon:
+        add(daemon, socket)
+        daemon.export("n", writable=False)
+        with daemon.client() as client:
+            asked = {client.submit(0, at, 4096): at for at in (chance.randrange(SIZE - 4096) for _ in range(2000))}
+            for cookie, at in asked.items():
+                assert client.wait(cookie).data == data[at : at + 4096]
+
+
+def test_an_overlay_leaves_the_remote_disk_alone(tmp_path, image):
+    socket, overlay = tmp_path / "s", tmp_path / "top.qcow2"
+    data = image.read_bytes()
+    peers.run("qemu-img", "create", "-q", "-f", "qcow2", overlay, str(SIZE))
+    with serving(socket, *server_argv("qemu-nbd", socket, image)), DaemonThread() as daemon:
+        add(daemon, socket, **{"read-only": True})
+        daemon.execute(
+            "blockdev-add",
+            **{
+                "driver": "qcow2",
+                "node-name": "top",
+                "file": {"driver": "file", "filename": str(overlay)},
+                "backing": "n",
+            },
+        )
+        daemon.export("top", writable=True)
+        with daemon.client() as client:
+            client.write((1 << 20) + 100, b"changed")
+            wanted = bytearray(data)
+            wanted[(1 << 20) + 100 : (1 << 20) + 107] = b"changed"
+            assert client.read(0, SIZE) == wanted
+    assert image.read_bytes() == data
+
+
+def test_requests_survive_a_server_that_is_killed(tmp_path, image):
+    socket = tmp_path / "s"
+    data = image.read_bytes()
+    argv = server_argv("qemu-nbd", socket, image)
+    wrong: list[int] = []
+    done = threading.Event()
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(serving(socket, *argv))
+        daemon = stack.enter_context(DaemonThread())
+        add(daemon, socket, **{"reconnect-delay": 20})
+        daemon.export("n", writable=False)
+        count = 0
+
+        def load() -> None:
+            nonlocal count
+            with daemon.client() as client:
+                chance = random.Random(3)
+                while not done.is_set():
+                    asked = {client.submit(0, at, 4096): at for at in chance.choices(range(SIZE - 4096), k=32)}
+                    wrong.extend(at for c, at in asked.items() if client.wait(c).data != data[at : at + 4096])
+                    count += 1
+
+        thread = threading.Thread(target=load)
+        thread.start()
+        while not count:
+            time.sleep(0.01)
+        first.kill()
+        first.wait()
+        socket.unlink(missing_ok=True)
+        stack.enter_context(serving(socket, *argv))
+        after = count
+        while count < after + 3 and thread.is_alive():
+            time.sleep(0.01)
+        done.set()
+        thread.join()
+        assert count >= after + 3
+        assert not wrong
+
+
+def test_without_a_delay_requests_fail_at_once_and_later_ones_reconnect(tmp_path, image):
+    socket = tmp_path / "s"
+    argv = server_argv("qemu-nbd", socket, image)
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(serving(socket, *argv))
+        daemon = stack.enter_context(DaemonThread())
+        add(daemon, socket)
+        daemon.export("n", writable=False)
+        client = stack.enter_context(daemon.client())
+        assert len(client.read(0, 512)) == 512
+        first.kill()
+        first.wait()
+        socket.unlink(missing_ok=True)
+        with pytest.raises(OSError, match="5"):
+            client.read(0, 512)
+        stack.enter_context(serving(socket, *argv))
+        assert len(client.read(0, 512)) == 512
+
+
+def test_refusals(tmp_path, image):
+    socket = tmp_path / "s"
+    with DaemonThread() as daemon:
+        with pytest.raises(Error, match=r"Failed to connect to '.*/s': No such file or directory"):
+            add(daemon, socket)
+        with serving(socket, *QEMU_NBD, "-r", "-x", "there", "-k", str(socket), str(image)):
+            with pytest.raises(Error, match="Requested export not available"):
+                add(daemon, socket, export="elsewhere")
+            with pytest.raises(Error, match="request on write denied without write permission"):
+                add(daemon, socket, export="there")
+            add(daemon, socket, export="there", **{"auto-read-only": True})
+
+
+def test_a_uri_is_a_disk(tmp_path, image):
+    socket = tmp_path / "s"
+    with serving(socket, *server_argv("qemu-nbd", socket, image)), DaemonThread() as daemon:
+
+        async def look() -> bytes:
+            async with await daemon.daemon.open(f"nbd+unix:///?socket={socket}") as disk:
+                return await disk.read(0, disk.size)
+
+        assert daemon.call(look) == image.read_bytes()
