@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from image_command import ours_json, qemu_io, theirs, theirs_json
 
 import peers
 from blkferry.errors import Error
@@ -261,6 +262,41 @@ def connections(socket: Path) -> int:
     """How many clients a server's socket has."""
     with open("/proc/net/unix") as table:
         return sum(line.split()[5] == "03" for line in table if line.rstrip().endswith(str(socket)))
+
+
+@pytest.fixture
+def layers(tmp_path):
+    """A qcow2 image with a dirty bitmap `b`, and three layers."""
+    for name, backing in (("a", ()), ("b", ("-b", "a", "-F", "qcow2")), ("c", ("-b", "b", "-F", "qcow2"))):
+        theirs("create", "-q", "-f", "qcow2", *backing, tmp_path / name, *([] if backing else ["4M"]))
+    qemu_io(tmp_path / "a", "write -P 1 0 1M")
+    theirs("bitmap", "--add", tmp_path / "a", "b", "-g", 65536)
+    qemu_io(tmp_path / "a", "write -P 2 1M 128k", "write -P 3 2M 64k")
+    qemu_io(tmp_path / "b", "write -P 4 3M 128k")
+    qemu_io(tmp_path / "c", "write -P 5 3M 64k")
+    return tmp_path
+
+
+@pytest.mark.parametrize("context", ["", "base:allocation", "qemu:dirty-bitmap:b", "qemu:allocation-depth"])
+def test_a_map_by_any_context_is_the_one_qemu_makes(layers, context):
+    socket = layers / "s"
+    image, more = ("a", ["-B", "b"]) if "bitmap" in context else ("c", [])
+    with serving(socket, "qemu-nbd", "-k", str(socket), "-t", "-e8", "-A", *more, "-f", "qcow2", str(layers / image)):
+        where = f"driver=nbd,server.type=unix,server.path={socket}"
+        where += f",x-dirty-bitmap={context}" if context else ""
+        made = ours_json("map", "--image-opts", where)
+        assert made == theirs_json("map", "--image-opts", where)
+        assert len(made) > 2
+
+
+def test_a_context_that_is_not_there(tmp_path, image):
+    socket = tmp_path / "s"
+    with serving(socket, *QEMU_NBD, "-k", str(socket), str(image)), DaemonThread() as daemon:
+        for name in ("qemu:dirty-bitmap:b", "qemu:", "base:"):
+            with pytest.raises(Error, match=f"requested x-dirty-bitmap {name} not found"):
+                add(daemon, socket, **{"x-dirty-bitmap": name})
+        with pytest.raises(Error, match="x-dirty-bitmap query too long to send to server"):
+            add(daemon, socket, **{"x-dirty-bitmap": "x" * 4097})
 
 
 @pytest.mark.parametrize(("argv", "count"), [(QEMU_NBD, 4), (("qemu-nbd", "--persistent", "-f", "raw"), 1)])

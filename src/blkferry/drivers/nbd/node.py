@@ -32,6 +32,11 @@ from blkferry.units import GIB, align_down, align_up
 from blkferry.wire.nbd.constants import MAX_STRING, Cmd, CmdFlag, StatusFlag, TransmissionFlag
 from blkferry.wire.nbd.uri import tcp_uri, unix_uri
 
+ALLOCATION_DEPTH = "qemu:allocation-depth"
+_DEEP = (
+    2  # what is below the uppermost layer, however deep, reads as zeroes in terms of base:allocation: as QEMU has it
+)
+
 MAX_CONNECTIONS = 16
 """As many as a server may be asked to serve one disk by, like others do."""
 
@@ -46,6 +51,14 @@ class BlockdevOptionsNbd(BlockdevOptions):
     tls_creds: Annotated[str | None, Doc("the TLS credentials to connect with (default: no TLS)", since="2.9")] = None
     tls_hostname: Annotated[
         str | None, Doc("the name that the server's certificate must have (default: the host)", since="7.0")
+    ] = None
+    x_dirty_bitmap: Annotated[
+        str | None,
+        Doc(
+            "the metadata context to ask for block status instead of base:allocation, like qemu:dirty-bitmap:NAME: "
+            "what is dirty is told as not allocated",
+            since="3.0",
+        ),
     ] = None
     reconnect_delay: Annotated[
         Uint32, Doc("seconds that requests wait for a lost connection before they fail", since="4.2")
@@ -68,6 +81,8 @@ class Nbd(Node):
         self._lines: list[Line] = []
         if len(self.options.export.encode()) > MAX_STRING:
             raise Error(ErrorKind.INVALID_ARGUMENT, "export name too long to send to server")
+        if len((self.options.x_dirty_bitmap or "").encode()) > MAX_STRING:
+            raise Error(ErrorKind.INVALID_ARGUMENT, "x-dirty-bitmap query too long to send to server")
         if not 1 <= self.options.connections <= MAX_CONNECTIONS:
             text = f"Parameter 'connections' expects a number between 1 and {MAX_CONNECTIONS}"
             raise Error(ErrorKind.INVALID_ARGUMENT, text)
@@ -99,7 +114,7 @@ class Nbd(Node):
         if credentials is None:
             if hostname is not None:
                 raise Error(ErrorKind.INVALID_ARGUMENT, "Parameter 'tls-hostname' requires 'tls-creds'")
-            return Target(options.server, options.export)
+            return Target(options.server, options.export, options.x_dirty_bitmap)
         if hostname is None and isinstance(options.server, SocketAddressInet):
             hostname = options.server.host
         named = hostname is not None
@@ -112,7 +127,7 @@ class Nbd(Node):
                 latest = graph.client_tls(credentials, named=named)
             return latest
 
-        return Target(options.server, options.export, context, hostname)
+        return Target(options.server, options.export, options.x_dirty_bitmap, context, hostname)
 
     # Where bytes are --------------------------------------------------------------------------------------------
 
@@ -139,6 +154,8 @@ class Nbd(Node):
             most = min(align_up(start + length, self._minimum), self.length, first + GIB) - first
             extents = await self._call(Cmd.BLOCK_STATUS, first, most)
             if changes == self._changes and extents:  # else it may be of before a write: data is always right
+                if self.options.x_dirty_bitmap == ALLOCATION_DEPTH:
+                    extents = tuple((each, min(depth, _DEEP)) for each, depth in extents)
                 answer = _translate(extents, first, start, start + length)
         self._answers[start] = answer
         self.services.loop.call_soon(self._answers.pop, start, None)
