@@ -327,6 +327,24 @@ def test_credentials_are_replaced_while_we_serve(daemon, certificates):
         nbdinfo(port, certificates / "client", expect=1)  # it does not call itself localhost any more
 
 
+def test_a_connection_moves_between_loops_under_traffic(daemon, certificates, tmp_path):
+    port = serve(daemon, "x509", certificates / "server")
+    for name in ("io0", "io1"):
+        daemon.execute("object-add", qom_type="iothread", id=name)
+    command = [*peers.peer("nbdcopy"), "--connections=1", uri(port, certificates / "client"), str(tmp_path / "copy")]
+    moves = 0
+    for _ in range(3):
+        copying = subprocess.Popen(command)
+        while copying.poll() is None:
+            options = {"type": "nbd", "id": "moving", "name": "moving", "node_name": "n", "iothread": f"io{moves % 2}"}
+            daemon.execute("block-export-add", **options)
+            daemon.execute("block-export-del", id="moving")
+            moves += 1
+        assert copying.returncode == 0
+        assert (tmp_path / "copy").read_bytes() == CONTENT
+    assert moves > 3
+
+
 def test_a_handshake_that_does_not_go_on_stops_nobody(daemon, certificates):
     port = serve(daemon, "x509", certificates / "server")
     hanging = []
