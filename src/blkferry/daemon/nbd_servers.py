@@ -183,7 +183,10 @@ class _Newest:
     def get(self) -> TlsCreds:
         found = self._daemon.objects.get(self._creds.id)
         if found is not self._creds and isinstance(found, TlsCreds):
-            if found.endpoint == self._creds.endpoint and found.is_x509 == self._creds.is_x509:
+            before = self._creds
+            if (found.endpoint, found.is_x509) == (before.endpoint, before.is_x509) and (
+                found.verify_peer or not before.verify_peer  # else they would let in who was not to be let in
+            ):
                 self._creds = found
             else:
                 log.warning("object '%s' does not fit its NBD server: the one before it stays in use", found.id)
