@@ -17,6 +17,7 @@ from blkferry.errors import Error, ErrorKind
 from blkferry.graph import registry
 from blkferry.schema.block import BlockdevOptions
 from blkferry.schema.visit import visit
+from blkferry.wire.nbd.uri import Location, parse_uri
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,28 @@ def full_path(name: str, named_by: str) -> str:
     if os.path.isabs(plain) or not os.path.dirname(named_by):
         return plain
     return os.path.join(os.path.dirname(named_by), plain)
+
+
+def location_of(uri: str) -> Location:
+    """What an NBD URI says. Raises Error."""
+    try:
+        return parse_uri(uri)
+    except ValueError as error:
+        raise Error(ErrorKind.INVALID_ARGUMENT, f"'{uri}': {error}", hint="Like nbd://host/name.") from error
+
+
+def remote_options(uri: str) -> dict[str, Any]:
+    """The options of the node for what an NBD URI names. Raises Error."""
+    location = location_of(uri)
+    server: dict[str, Any]
+    match location.kind:
+        case "tcp":
+            server = {"type": "inet", "host": location.host, "port": str(location.port)}
+        case "vsock":
+            server = {"type": "vsock", "cid": location.host, "port": str(location.port)}
+        case _:
+            server = {"type": "unix", "path": location.socket}
+    return {"driver": "nbd", "server": server, "export": location.export}
 
 
 def options_for(name: str, image_format: str | None, *, named_by: str = "", read_only: bool = True) -> BlockdevOptions:

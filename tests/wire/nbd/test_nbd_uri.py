@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from blkferry.wire.nbd.uri import Location, is_uri, parse_uri, tcp_uri, unix_uri
+from blkferry.wire.nbd.uri import Location, is_uri, parse_uri, tcp_uri, unix_uri, vsock_uri
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,8 @@ from blkferry.wire.nbd.uri import Location, is_uri, parse_uri, tcp_uri, unix_uri
         ("nbd+unix:///n?socket=/a%3Fb", Location("unix", "n", socket="/a?b")),
         ("nbd+vsock://2:7/n", Location("vsock", "n", "2", 7)),
         (tcp_uri("::1", 10809, "a/b ?"), Location("tcp", "a/b ?", "::1")),
+        (vsock_uri(3, 10809, "a?b"), Location("vsock", "a?b", "3")),
+        (vsock_uri(3, 7, "a"), Location("vsock", "a", "3", 7)),
         (unix_uri("/a b&c", "ü"), Location("unix", "ü", socket="/a b&c")),
     ],
 )

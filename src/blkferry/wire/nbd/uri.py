@@ -60,3 +60,9 @@ def tcp_uri(host: str, port: int, export: str, *, tls: bool = False) -> str:
 def unix_uri(path: str, export: str, *, tls: bool = False) -> str:
     """`nbd+unix:///export?socket=path`."""
     return f"nbd{'s' if tls else ''}+unix:///{quote(export)}?{urlencode({'socket': path}, safe='/', quote_via=quote)}"
+
+
+def vsock_uri(cid: int, port: int, export: str, *, tls: bool = False) -> str:
+    """`nbd+vsock://cid:port/export`, the port left out when it is the registered one."""
+    where = str(cid) if port == DEFAULT_PORT else f"{cid}:{port}"
+    return f"nbd{'s' if tls else ''}+vsock://{where}/{quote(export)}"
