@@ -76,6 +76,7 @@ class _Look:
             return await self._qcow2(node, start, length, depth)
         (run, *_) = await access.load_runs(node, start, length, Effort.ALLOCATION)
         zero = run.content is Content.ZERO
+        placed = run.content is not Content.OPAQUE or not isinstance(run.node, Qcow2)  # nbd has bytes where they are
         return Stretch(
             start,
             run.length,
@@ -84,7 +85,7 @@ class _Look:
             zero=zero,
             data=not zero,
             compressed=False,
-            offset=run.offset if run.content is not Content.OPAQUE else None,
+            offset=run.offset if placed else None,
             filename=run.node.filename() or None,
         )
 

@@ -1,6 +1,6 @@
 """What a person calls an image, and the node options that this means.
 
-A name is a path, "file:PATH" or "json:{...}", or with `as_options` key=value options. A format that
+A name is a path, "file:PATH", an NBD URI or "json:{...}", or with `as_options` key=value options. A format that
 nobody says is probed.
 """
 
@@ -22,6 +22,7 @@ from blkferry.objects.secret import Secret
 from blkferry.schema.block import BlockdevOptions
 from blkferry.schema.keyval import parse
 from blkferry.schema.visit import dump, visit
+from blkferry.wire.nbd.uri import is_uri
 
 if TYPE_CHECKING:
     from blkferry.daemon.daemon import Daemon
@@ -64,7 +65,7 @@ class ImageName:
     @property
     def path(self) -> str | None:
         """The path, where the name is one."""
-        if self.as_options or self.name.startswith(filename.JSON):
+        if self.as_options or self.name.startswith(filename.JSON) or is_uri(self.name):
             return None
         return self.name if os.path.exists(self.name) else self.name.removeprefix("file:")
 
@@ -88,11 +89,16 @@ def check_format(name: str) -> str:
 
 
 def probed(image: ImageName) -> ImageName:
-    """The same image with its format, looked for in the first bytes where nobody said it. Blocking. Raises Error."""
+    """The same image with its format, looked for in the first bytes where nobody said it. Blocking. Raises Error.
+
+    Other servers' exports are raw then: what they hold was written by those who use them.
+    """
     path = image.path
     if image.image_format is not None or path is None:
         if image.image_format is not None:
             check_format(image.image_format)
+        elif is_uri(image.name) and not image.as_options:
+            return replace(image, image_format=RAW)
         return image
     filename.options_for(image.name, RAW)  # says what is wrong with the path
     try:
