@@ -82,6 +82,12 @@ def location_of(uri: str) -> Location:
 def remote_options(uri: str) -> dict[str, Any]:
     """The options of the node for what an NBD URI names. Raises Error."""
     location = location_of(uri)
+    if location.tls is not None:
+        raise Error(
+            ErrorKind.UNSUPPORTED,
+            f"'{uri}': TLS is not supported where a URI is opened",
+            hint="Without the s of nbds the connection is not encrypted.",
+        )
     server: dict[str, Any]
     match location.kind:
         case "tcp":
@@ -89,7 +95,9 @@ def remote_options(uri: str) -> dict[str, Any]:
         case "vsock":
             server = {"type": "vsock", "cid": location.host, "port": str(location.port)}
         case _:
-            server = {"type": "unix", "path": location.socket}
+            server = {"type": "unix", "path": location.socket.removeprefix("\0")}
+            if location.socket.startswith("\0"):
+                server["abstract"] = True
     return {"driver": "nbd", "server": server, "export": location.export}
 
 
