@@ -226,6 +226,26 @@ def test_refusals(tmp_path, image):
             add(daemon, socket, export="there", **{"auto-read-only": True})
 
 
+def test_a_server_behind_tcp(tmp_path, image):
+    """Which address is taken is said by the same options as for listening."""
+    with DaemonThread() as server, DaemonThread() as daemon:
+        server.execute("blockdev-add", driver="file", node_name="n", filename=str(image))
+        server.execute("nbd-server-start", addr={"type": "inet", "data": {"host": "127.0.0.1", "port": "0"}})
+        server.execute("block-export-add", type="nbd", id="e", node_name="n", name="x")
+        port = server.execute("query-nbd-servers")[0]["addresses"][0]["port"]
+
+        def address(**options: object) -> dict[str, object]:
+            return {"type": "inet", "host": "localhost", "port": port, **options}
+
+        for options in ({"ipv6": True, "ipv4": False}, {"numeric": True}, {"ipv4": False, "ipv6": False}):
+            with pytest.raises(Error, match=r"Connection refused|resol|Cannot disable|[Nn]ame"):
+                add(daemon, tmp_path, server=address(**options), export="x", **{"read-only": True})
+        add(daemon, tmp_path, server=address(**{"ipv4": True, "keep-alive": True}), export="x", **{"read-only": True})
+        daemon.export("n", writable=False)
+        with daemon.client() as client:
+            assert client.read(0, SIZE) == image.read_bytes()
+
+
 def test_a_uri_is_a_disk(tmp_path, image):
     socket = tmp_path / "s"
     with serving(socket, *server_argv("qemu-nbd", socket, image)), DaemonThread() as daemon:

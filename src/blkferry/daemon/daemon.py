@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import logging
 import os
+import ssl
 import tempfile
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
@@ -93,6 +94,7 @@ class Daemon:
         self.services = Services(asyncio.get_running_loop(), engine=self._engine)
         self.graph = Graph(self.services, self._emit_from_anywhere)
         self.graph.secret = self.secret
+        self.graph.client_tls = self._client_tls
 
     async def stop(self, *, patience: float = DRAIN_SECONDS) -> None:
         """End in order: no new clients, answer the old ones for at most `patience` seconds, flush and close everything.
@@ -368,6 +370,9 @@ class Daemon:
                 hint=f"'{object_id}' was made with endpoint={thing.endpoint}.",
             )
         return thing
+
+    def _client_tls(self, credentials_id: str, *, named: bool) -> ssl.SSLContext:
+        return self.credentials(credentials_id, "client").context(named=named)
 
     def _list_objects(self, kind: type[BlkObject]) -> str:
         names = ", ".join(name for name, thing in self.objects.items() if isinstance(thing, kind))

@@ -7,16 +7,19 @@ be repeated until it is answered. How long requests wait for that is `reconnect-
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
+import ssl
 import time
 from typing import Annotated, ClassVar, Literal
 
 from blkferry.drivers.nbd.connection import Connection, ConnectionLost
-from blkferry.drivers.nbd.dial import Session, dial, shown
+from blkferry.drivers.nbd.dial import Target, dial, shown
+from blkferry.drivers.nbd.haggling import Session
 from blkferry.errors import Error, ErrorKind
 from blkferry.extent import MAX_EXTENTS, Content, Effort, Extent
-from blkferry.graph.graph import Opening
+from blkferry.graph.graph import Graph, Opening
 from blkferry.graph.node import Node
 from blkferry.plane.services import Services
 from blkferry.schema.block import BlockdevOptions
@@ -39,6 +42,10 @@ class BlockdevOptionsNbd(BlockdevOptions):
     driver: Literal["nbd"] = "nbd"
     server: Annotated[SocketAddress, Doc("where the server listens", since="2.9")]
     export: Annotated[str, Doc("name of the export", since="2.9")] = ""
+    tls_creds: Annotated[str | None, Doc("the TLS credentials to connect with (default: no TLS)", since="2.9")] = None
+    tls_hostname: Annotated[
+        str | None, Doc("the name that the server's certificate must have (default: the host)", since="7.0")
+    ] = None
     reconnect_delay: Annotated[
         Uint32, Doc("seconds that requests wait for a lost connection before they fail", since="4.2")
     ] = 0
@@ -58,6 +65,7 @@ class Nbd(Node):
     async def open(self, opening: Opening) -> None:
         if len(self.options.export.encode()) > MAX_STRING:
             raise Error(ErrorKind.INVALID_ARGUMENT, "export name too long to send to server")
+        self._target = self._aim(opening.graph)
         session = await self._first()
         self._flags = session.flags
         self._minimum, self._maximum = session.minimum, session.maximum
@@ -72,12 +80,33 @@ class Nbd(Node):
                 raise Error(ErrorKind.DENIED, "request on write denied without write permission")
             self.read_only = True
 
+    def _aim(self, graph: Graph) -> Target:
+        options = self.options
+        credentials, hostname = options.tls_creds, options.tls_hostname
+        if credentials is None:
+            if hostname is not None:
+                raise Error(ErrorKind.INVALID_ARGUMENT, "Parameter 'tls-hostname' requires 'tls-creds'")
+            return Target(options.server, options.export)
+        if hostname is None and isinstance(options.server, SocketAddressInet):
+            hostname = options.server.host
+        named = hostname is not None
+        latest = graph.client_tls(credentials, named=named)
+
+        def context() -> ssl.SSLContext:
+            """What the credentials make now; those that have been removed stay in use until there are others."""
+            nonlocal latest
+            with contextlib.suppress(Error):
+                latest = graph.client_tls(credentials, named=named)
+            return latest
+
+        return Target(options.server, options.export, context, hostname)
+
     async def _first(self) -> Session:
         deadline = time.monotonic() + self.options.open_timeout
         pause = _FIRST_PAUSE
         while True:
             try:
-                return await self.services.in_thread(dial, self.options.server, self.options.export)
+                return await dial(self._target)
             except Error:
                 if time.monotonic() + pause > deadline:
                     raise
@@ -230,7 +259,7 @@ class Nbd(Node):
         pause = _FIRST_PAUSE
         while True:
             try:
-                session = await self.services.in_thread(dial, self.options.server, self.options.export)
+                session = await dial(self._target)
                 self._accept(session)
             except Error:
                 if time.monotonic() + pause > deadline:
