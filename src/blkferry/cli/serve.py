@@ -18,11 +18,11 @@ from blkferry.cli.ready import Offer, announce, write_json, write_uris
 from blkferry.daemon import images
 from blkferry.daemon.commands.char import chardev_add
 from blkferry.daemon.daemon import Daemon
-from blkferry.daemon.imaging.names import ImageName, about
+from blkferry.daemon.imaging.names import ImageName, about, add_credentials
 from blkferry.daemon.listener import Listener
 from blkferry.daemon.run import run
 from blkferry.errors import Error, ErrorKind
-from blkferry.graph.filename import location_of
+from blkferry.graph.remote import location_of
 from blkferry.schema.char import ChardevAdd, ChardevSocket
 from blkferry.schema.control import MonitorOptions
 from blkferry.schema.export import BlockExportOptionsNbd
@@ -190,6 +190,7 @@ async def _add_security(daemon: Daemon, request: Request) -> None:
 async def _open(daemon: Daemon, request: Request, number: int, image: str) -> str:
     """Open an image as a node and return its name."""
     in_memory = image.startswith(images.MEMORY)
+    await add_credentials(daemon, image)
     options = images.options_for(
         image,
         f"disk{number}",

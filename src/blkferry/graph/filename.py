@@ -18,9 +18,10 @@ from typing import Any
 
 from blkferry.errors import Error, ErrorKind
 from blkferry.graph import registry
+from blkferry.graph.remote import credentials_for, remote_options
 from blkferry.schema.block import BlockdevOptions
 from blkferry.schema.visit import visit
-from blkferry.wire.nbd.uri import Location, is_uri, parse_uri
+from blkferry.wire.nbd.uri import is_uri
 
 log = logging.getLogger(__name__)
 
@@ -71,36 +72,6 @@ def full_path(name: str, named_by: str) -> str:
     return os.path.join(os.path.dirname(named_by), plain)
 
 
-def location_of(uri: str) -> Location:
-    """What an NBD URI says. Raises Error."""
-    try:
-        return parse_uri(uri)
-    except ValueError as error:
-        raise Error(ErrorKind.INVALID_ARGUMENT, f"'{uri}': {error}", hint="Like nbd://host/name.") from error
-
-
-def remote_options(uri: str) -> dict[str, Any]:
-    """The options of the node for what an NBD URI names. Raises Error."""
-    location = location_of(uri)
-    if location.tls is not None:
-        raise Error(
-            ErrorKind.UNSUPPORTED,
-            f"'{uri}': TLS is not supported where a URI is opened",
-            hint="Without the s of nbds the connection is not encrypted.",
-        )
-    server: dict[str, Any]
-    match location.kind:
-        case "tcp":
-            server = {"type": "inet", "host": location.host, "port": str(location.port)}
-        case "vsock":
-            server = {"type": "vsock", "cid": location.host, "port": str(location.port)}
-        case _:
-            server = {"type": "unix", "path": location.socket.removeprefix("\0")}
-            if location.socket.startswith("\0"):
-                server["abstract"] = True
-    return {"driver": "nbd", "server": server, "export": location.export}
-
-
 def options_for(name: str, image_format: str | None, *, named_by: str = "", read_only: bool = True) -> BlockdevOptions:
     """The options of the node for an image that is called `name` in the image at `named_by`.
 
@@ -145,6 +116,8 @@ def refuse_remote(name: str, image_format: str | None, named_by: str) -> None:
     with contextlib.suppress(OSError):
         top = {"driver": probe(named_by), "file": {"driver": "file", "filename": named_by}, "backing": options}
         wanted = JSON + json.dumps(top)
+    if is_uri(name) and (credentials := credentials_for(name)) is not None:
+        wanted += ", with --object " + ",".join(f"{key}={value}" for key, value in credentials.items())
     raise Error(
         ErrorKind.DENIED,
         f"The image '{named_by}' names a server: '{name}'",

@@ -18,9 +18,11 @@ from blkferry.graph import filename, registry
 from blkferry.graph.graph import MAX_DEPTH
 from blkferry.graph.loan import Loan, lend
 from blkferry.graph.permissions import ALL, Permission
+from blkferry.graph.remote import credentials_for
 from blkferry.objects.secret import Secret
 from blkferry.schema.block import BlockdevOptions
 from blkferry.schema.keyval import parse
+from blkferry.schema.qom import ObjectOptions
 from blkferry.schema.visit import dump, visit
 from blkferry.wire.nbd.uri import is_uri
 
@@ -227,6 +229,13 @@ def _header(path: str) -> Header | None:
         return None  # whoever opens it will say what is wrong
 
 
+async def add_credentials(daemon: Daemon, name: str) -> None:
+    """Add the object that a URI with TLS needs, if it is not there already. Raises Error."""
+    credentials = credentials_for(name) if is_uri(name) else None
+    if credentials is not None and credentials["id"] not in daemon.objects:
+        await daemon.add_object(visit(ObjectOptions, credentials))
+
+
 async def full_options(
     daemon: Daemon,
     image: ImageName,
@@ -240,6 +249,8 @@ async def full_options(
     def find() -> dict[str, Any]:
         return with_key(options_of(image, writable=writable, chain=chain), daemon)
 
+    if not image.as_options:
+        await add_credentials(daemon, image.name)
     options = await daemon.services.in_thread(find)
     return visit(BlockdevOptions, {**options, **(more or {})})
 
