@@ -241,6 +241,8 @@ def any_content(rng, request):
         rng.shuffle(contents)
     if rng.random() < 0.1:
         contents[rng.randrange(len(contents))] = rng.choice(contents)
+    if rng.random() < 0.1:
+        contents.pop(rng.randrange(len(contents)))
     return contents
 
 
@@ -304,7 +306,7 @@ def judge(data, heard):
             ended.add(request.cookie)
             if request.type == Cmd.READ and request.cookie not in failed:
                 end = request.offset
-                for first, last in sorted(filled[request.cookie]):
+                for first, last in sorted(filled.get(request.cookie, ())):
                     assert first == end
                     end = last
                 assert end == request.offset + request.length
