@@ -149,14 +149,14 @@ def any_handshake(rng):
     return b"".join(told)
 
 
-def shake_hands(data, split):
+def shake_hands(data, context, split):
     """What the driver makes of a handshake: what was agreed, or the complaint; and what it has not read."""
     script = Script(split(data))
     haggling = Haggling(script)
 
     async def whole():
         await haggling.greet()
-        return await haggling.agree("export")
+        return await haggling.agree("export", context)
 
     try:
         whole().send(None)
@@ -167,7 +167,7 @@ def shake_hands(data, split):
         assert session.minimum.bit_count() == 1
         assert 0 <= session.size < 1 << 63
         assert session.context is None or (
-            session.mode is not Mode.SIMPLE and struct.pack(">I", session.context) + b"base:allocation" in data
+            session.mode is not Mode.SIMPLE and struct.pack(">I", session.context) + (context or "base:allocation").encode() in data
         )
         assert session.size == 0 or struct.pack(">QH", session.size, session.flags) in data
         return (session.mode, session.size, session.flags, session.minimum, session.maximum, session.context), ""
@@ -179,10 +179,10 @@ def shake_hands(data, split):
     raise AssertionError("the handshake waits for what is there")
 
 
-def try_handshake(rng, data):
-    whole = shake_hands(data, partial(pieces, sizes=(1 << 16,), rng=rng))
+def try_handshake(rng, data, context=None):
+    whole = shake_hands(data, context, partial(pieces, sizes=(1 << 16,), rng=rng))
     for sizes in ((1,), (1, 2, 16, 100, 10_000)):
-        parts = shake_hands(data, partial(pieces, sizes=sizes, rng=rng))
+        parts = shake_hands(data, context, partial(pieces, sizes=sizes, rng=rng))
         # What comes after the handshake is refused if it is there already, and else by whoever reads it next.
         assert parts == whole or (parts[0] is not None and "requests that it has not got" in whole[1]), (whole, parts)
     return whole[0] is not None
@@ -371,7 +371,7 @@ def attempt(rng, handshakes, replies):
     """One input. Returns what it was, whether it was taken, and the bytes."""
     if rng.random() < 0.5:
         data = damaged(rng, rng.choice(handshakes) if rng.random() < 0.3 else any_handshake(rng))
-        return partial(try_handshake, rng, data), data
+        return partial(try_handshake, rng, data, rng.choice((None, None, "x:y"))), data
     mode, requests, data = rng.choice(replies)
     if rng.random() < 0.8:
         mode, requests = rng.choice(list(Mode)), any_requests(rng)

@@ -61,6 +61,11 @@ class Connection:
         self._pushing = False
         self._writing = False
 
+    @property
+    def in_flight(self) -> int:
+        """How many requests have not been answered yet."""
+        return len(self._calls)
+
     # Requests ---------------------------------------------------------------------------------------------------
 
     async def call(

@@ -29,11 +29,13 @@ _HOSTNAME_MISMATCH: Final = (62, 64)  # X509_V_ERR_HOSTNAME_MISMATCH and X509_V_
 class Target:
     """What is dialled. With `security`, which gives a context for each attempt, only ever by TLS.
 
-    `hostname` is the name that the certificate must have; None where there is none to expect.
+    `hostname` is the name that the certificate must have; None where there is none to expect. `context` is the
+    metadata context that tells block status, None for base:allocation if there is one.
     """
 
     address: SocketAddress
     export: str
+    context: str | None = None
     security: Callable[[], ssl.SSLContext] | None = None
     hostname: str | None = None
 
@@ -68,7 +70,7 @@ async def _shake_hands(plain: socket.socket, target: Target) -> Session:
         if target.security is not None:
             await haggling.start_tls()
             haggling.sock = await _secure(plain, target.security(), target.hostname)
-        return await haggling.agree(target.export)
+        return await haggling.agree(target.export, target.context)
     except OSError as error:
         haggling.sock.close()
         raise Error(ErrorKind.IO, f"Failed to read initial magic or option reply: {_reason(error)}") from error

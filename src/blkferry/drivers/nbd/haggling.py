@@ -36,7 +36,7 @@ _RECEIVE: Final = 1 << 16
 
 @dataclass(slots=True)
 class Session:
-    """What was agreed. `context` is the id of base:allocation if the server has it; sizes are bytes.
+    """What was agreed. `context` is the id of what tells block status, if the server has it; sizes are bytes.
 
     `maximum` is the longest READ, WRITE or CACHE that the server takes.
     """
@@ -78,8 +78,11 @@ class Haggling:
         if self._incoming:
             raise ProtocolError("the server went on without TLS after it had agreed to it")
 
-    async def agree(self, export: str) -> Session:
-        """Choose an export, with the best that the server offers for it."""
+    async def agree(self, export: str, context: str | None) -> Session:
+        """Choose an export, with the best that the server offers for it.
+
+        Block status is told by base:allocation, or by `context`, which the export must have then.
+        """
         session = Session(self.sock)
         for option, mode in ((Opt.EXTENDED_HEADERS, Mode.EXTENDED), (Opt.STRUCTURED_REPLY, Mode.STRUCTURED)):
             answer = (await self._option(option))[-1]
@@ -90,12 +93,15 @@ class Haggling:
                 session.mode = mode
                 break
         if session.mode is not Mode.SIMPLE:
-            replies = await self._option(Opt.SET_META_CONTEXT, wire.build_queries(export, (BASE_ALLOCATION,)))
+            wanted = context or BASE_ALLOCATION
+            replies = await self._option(Opt.SET_META_CONTEXT, wire.build_queries(export, (wanted,)))
             for reply in replies[:-1]:
                 number, name = wire.parse_meta_context(reply.payload)
-                if name == BASE_ALLOCATION and not replies[-1].failed:
+                if name == wanted and not replies[-1].failed:
                     session.context = number
         await self._go(session, export)
+        if context is not None and session.context is None:
+            raise Error(ErrorKind.INVALID_ARGUMENT, f"requested x-dirty-bitmap {context} not found")
         if self._incoming:
             raise ProtocolError("the server answers requests that it has not got")
         return session
