@@ -167,7 +167,8 @@ def shake_hands(data, context, split):
         assert session.minimum.bit_count() == 1
         assert 0 <= session.size < 1 << 63
         assert session.context is None or (
-            session.mode is not Mode.SIMPLE and struct.pack(">I", session.context) + (context or "base:allocation").encode() in data
+            session.mode is not Mode.SIMPLE
+            and struct.pack(">I", session.context) + (context or "base:allocation").encode() in data
         )
         assert session.size == 0 or struct.pack(">QH", session.size, session.flags) in data
         return (session.mode, session.size, session.flags, session.minimum, session.maximum, session.context), ""
