@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from image_command import ours_json, qemu_io, theirs, theirs_json
 
 import peers
 from blkferry.errors import Error
@@ -226,6 +227,26 @@ def test_refusals(tmp_path, image):
             add(daemon, socket, export="there", **{"auto-read-only": True})
 
 
+def test_a_server_behind_tcp(tmp_path, image):
+    """Which address is taken is said by the same options as for listening."""
+    with DaemonThread() as server, DaemonThread() as daemon:
+        server.execute("blockdev-add", driver="file", node_name="n", filename=str(image))
+        server.execute("nbd-server-start", addr={"type": "inet", "data": {"host": "127.0.0.1", "port": "0"}})
+        server.execute("block-export-add", type="nbd", id="e", node_name="n", name="x")
+        port = server.execute("query-nbd-servers")[0]["addresses"][0]["port"]
+
+        def address(**options: object) -> dict[str, object]:
+            return {"type": "inet", "host": "localhost", "port": port, **options}
+
+        for options in ({"ipv6": True, "ipv4": False}, {"numeric": True}, {"ipv4": False, "ipv6": False}):
+            with pytest.raises(Error, match=r"Connection refused|resol|Cannot disable|[Nn]ame"):
+                add(daemon, tmp_path, server=address(**options), export="x", **{"read-only": True})
+        add(daemon, tmp_path, server=address(**{"ipv4": True, "keep-alive": True}), export="x", **{"read-only": True})
+        daemon.export("n", writable=False)
+        with daemon.client() as client:
+            assert client.read(0, SIZE) == image.read_bytes()
+
+
 def test_a_uri_is_a_disk(tmp_path, image):
     socket = tmp_path / "s"
     with serving(socket, *server_argv("qemu-nbd", socket, image)), DaemonThread() as daemon:
@@ -235,3 +256,96 @@ def test_a_uri_is_a_disk(tmp_path, image):
                 return await disk.read(0, disk.size)
 
         assert daemon.call(look) == image.read_bytes()
+
+
+def connections(socket: Path) -> int:
+    """How many clients a server's socket has."""
+    with open("/proc/net/unix") as table:
+        return sum(line.split()[5] == "03" for line in table if line.rstrip().endswith(str(socket)))
+
+
+@pytest.fixture
+def layers(tmp_path):
+    """A qcow2 image with a dirty bitmap `b`, and three layers."""
+    for name, backing in (("a", ()), ("b", ("-b", "a", "-F", "qcow2")), ("c", ("-b", "b", "-F", "qcow2"))):
+        theirs("create", "-q", "-f", "qcow2", *backing, tmp_path / name, *([] if backing else ["4M"]))
+    qemu_io(tmp_path / "a", "write -P 1 0 1M")
+    theirs("bitmap", "--add", tmp_path / "a", "b", "-g", 65536)
+    qemu_io(tmp_path / "a", "write -P 2 1M 128k", "write -P 3 2M 64k")
+    qemu_io(tmp_path / "b", "write -P 4 3M 128k")
+    qemu_io(tmp_path / "c", "write -P 5 3M 64k")
+    return tmp_path
+
+
+@pytest.mark.parametrize("context", ["", "base:allocation", "qemu:dirty-bitmap:b", "qemu:allocation-depth"])
+def test_a_map_by_any_context_is_the_one_qemu_makes(layers, context):
+    socket = layers / "s"
+    image, more = ("a", ["-B", "b"]) if "bitmap" in context else ("c", [])
+    with serving(socket, "qemu-nbd", "-k", str(socket), "-t", "-e8", "-A", *more, "-f", "qcow2", str(layers / image)):
+        where = f"driver=nbd,server.type=unix,server.path={socket}"
+        where += f",x-dirty-bitmap={context}" if context else ""
+        made = ours_json("map", "--image-opts", where)
+        assert made == theirs_json("map", "--image-opts", where)
+        assert len(made) > 2
+
+
+def test_a_context_that_is_not_there(tmp_path, image):
+    socket = tmp_path / "s"
+    with serving(socket, *QEMU_NBD, "-k", str(socket), str(image)), DaemonThread() as daemon:
+        for name in ("qemu:dirty-bitmap:b", "qemu:", "base:"):
+            with pytest.raises(Error, match=f"requested x-dirty-bitmap {name} not found"):
+                add(daemon, socket, **{"x-dirty-bitmap": name})
+        with pytest.raises(Error, match="x-dirty-bitmap query too long to send to server"):
+            add(daemon, socket, **{"x-dirty-bitmap": "x" * 4097})
+
+
+@pytest.mark.parametrize(("argv", "count"), [(QEMU_NBD, 4), (("qemu-nbd", "--persistent", "-f", "raw"), 1)])
+def test_several_connections_if_the_server_allows(tmp_path, image, argv, count):
+    socket = tmp_path / "s"
+    data = bytearray(image.read_bytes())
+    chance = random.Random(6)
+    with serving(socket, *argv, "-k", str(socket), str(image)), DaemonThread() as daemon:
+        add(daemon, socket, connections=4)
+        assert connections(socket) == count
+        daemon.export("n", writable=True)
+        with daemon.client() as client:
+            for _ in range(20):  # reads see what was answered before, whichever connection they take
+                places = [chance.randrange(SIZE // 4096) * 4096 for _ in range(64)]
+                for at in places:
+                    data[at : at + 4096] = chance.randbytes(4096)
+                written = [client.submit(1, at, 4096, 0, bytes(data[at : at + 4096])) for at in set(places)]
+                for cookie in written:
+                    client.wait(cookie)
+                asked = {client.submit(0, at, 4096): at for at in places}
+                assert all(client.wait(cookie).data == data[at : at + 4096] for cookie, at in asked.items())
+            client.flush()
+        assert image.read_bytes() == data
+
+
+def test_the_others_go_on_when_one_connection_ends(tmp_path, image):
+    socket = tmp_path / "s"
+    data = image.read_bytes()
+    with serving(socket, *QEMU_NBD, "-k", str(socket), str(image)), DaemonThread() as daemon:
+        add(daemon, socket, connections=3)
+        daemon.export("n", writable=False)
+
+        async def cut() -> None:
+            (first, *_) = daemon.daemon.graph.nodes["n"]._lines
+            first.connection.session.sock.shutdown(2)
+
+        with daemon.client() as client:
+            asked = {client.submit(0, at, 4096): at for at in range(0, SIZE, 4096)}
+            client.push()
+            daemon.call(cut)
+            for cookie, at in asked.items():
+                assert client.wait(cookie).data == data[at : at + 4096]
+            deadline = time.monotonic() + 30
+            while connections(socket) < 3:
+                assert client.read(0, 512) == data[:512]
+                assert time.monotonic() < deadline, "the lost connection has not been replaced"
+
+
+@pytest.mark.parametrize("count", [0, 17])
+def test_how_many_connections_there_may_be(tmp_path, count):
+    with DaemonThread() as daemon, pytest.raises(Error, match="'connections' expects a number between 1 and 16"):
+        add(daemon, tmp_path / "s", connections=count)

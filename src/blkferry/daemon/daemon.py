@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import logging
 import os
+import ssl
 import tempfile
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from blkferry.daemon import commands, images
 from blkferry.daemon.chardev import Chardev
 from blkferry.daemon.disk import Disk
 from blkferry.daemon.exports import Exports
+from blkferry.daemon.imaging.names import add_credentials
 from blkferry.daemon.listener import Listener
 from blkferry.daemon.monitor import Monitor
 from blkferry.daemon.nbd_servers import NbdServers
@@ -93,6 +95,7 @@ class Daemon:
         self.services = Services(asyncio.get_running_loop(), engine=self._engine)
         self.graph = Graph(self.services, self._emit_from_anywhere)
         self.graph.secret = self.secret
+        self.graph.client_tls = self._client_tls
 
     async def stop(self, *, patience: float = DRAIN_SECONDS) -> None:
         """End in order: no new clients, answer the old ones for at most `patience` seconds, flush and close everything.
@@ -185,12 +188,13 @@ class Daemon:
         direct: bool = False,
         node_name: str | None = None,
     ) -> Disk:
-        """Open an image (a path, a block device, or "memory:1G") as a node, and hold it.
+        """Open an image (a path, a block device, an NBD URI, or "memory:1G") as a node, and hold it.
 
         `direct` bypasses the page cache. The format is what the image looks like unless `image_format` says it. An
         encrypted image takes the daemon's secret, if there is one only. Raises Error.
         """
         name = node_name or self._free_name("disk", self.graph.nodes)
+        await add_credentials(self, os.fspath(image))
         node = await self.graph.add(
             images.options_for(
                 os.fspath(image),
@@ -368,6 +372,9 @@ class Daemon:
                 hint=f"'{object_id}' was made with endpoint={thing.endpoint}.",
             )
         return thing
+
+    def _client_tls(self, credentials_id: str, *, named: bool) -> ssl.SSLContext:
+        return self.credentials(credentials_id, "client").context(named=named)
 
     def _list_objects(self, kind: type[BlkObject]) -> str:
         names = ", ".join(name for name, thing in self.objects.items() if isinstance(thing, kind))

@@ -19,8 +19,9 @@ from blkferry.graph.graph import well_formed
 from blkferry.objects.authz import Authz
 from blkferry.objects.tls import TlsCreds
 from blkferry.schema.export import NbdServerInfo, NbdServerOptionsBase
-from blkferry.schema.sockets import SocketAddress, SocketAddressInet, SocketAddressUnix
-from blkferry.wire.nbd.uri import tcp_uri, unix_uri
+from blkferry.schema.sockets import SocketAddress, SocketAddressInet, SocketAddressUnix, SocketAddressVsock
+from blkferry.sockets import names
+from blkferry.wire.nbd.uri import tcp_uri, unix_uri, vsock_uri
 
 if TYPE_CHECKING:
     from blkferry.daemon.daemon import Daemon
@@ -215,4 +216,7 @@ def uri_of(address: SocketAddress, export: str, *, tls: bool = False) -> str | N
             return tcp_uri(address.host, int(address.port), export, tls=tls)
         case SocketAddressUnix(abstract=False):
             return unix_uri(address.path, export, tls=tls)
+        case SocketAddressVsock():
+            cid, port = names.vsock_numbers(address)
+            return vsock_uri(names.local_cid() if cid == names.MAX_UINT32 else cid, port, export, tls=tls)
     return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import re
+import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -140,6 +141,13 @@ class TreeUser(Protocol):
         """Go on, on the loop where the node lives now."""
 
 
+class ClientTls(Protocol):
+    """Where drivers get the TLS of a client from."""
+
+    def __call__(self, credentials_id: str, *, named: bool) -> ssl.SSLContext:
+        """What the credentials of this id make; `named`: for a server of which a name is known. Raises Error."""
+
+
 class Graph:
     """The nodes of one daemon; new nodes live on `services` until they are moved."""
 
@@ -150,6 +158,7 @@ class Graph:
         self.users: list[TreeUser] = []
         self._numbers = itertools.count(1)
         self.secret: Callable[[str], bytes] = _no_secret  # what the secret of this id keeps; the daemon sets it
+        self.client_tls: ClientTls = _no_credentials  # likewise
         self.changing = asyncio.Lock()  # held while nodes, edges or permissions change; never while waiting for clients
 
     def find(self, name: str, device: str = "") -> Node:
@@ -333,6 +342,12 @@ def refuse_backing(node: Node) -> None:
 
 def _no_secret(secret_id: str) -> bytes:
     raise Error(ErrorKind.NOT_FOUND, f"No secret with id '{secret_id}'", hint="There are no secrets here.")
+
+
+def _no_credentials(credentials_id: str, *, named: bool) -> ssl.SSLContext:
+    del named
+    text = f"No TLS credentials with id '{credentials_id}'"
+    raise Error(ErrorKind.NOT_FOUND, text, hint="There are no credentials here.")
 
 
 def _list_names(nodes: dict[str, Node]) -> str:

@@ -76,15 +76,17 @@ class _Look:
             return await self._qcow2(node, start, length, depth)
         (run, *_) = await access.load_runs(node, start, length, Effort.ALLOCATION)
         zero = run.content is Content.ZERO
+        packed = run.content is Content.OPAQUE and isinstance(run.node, Qcow2)
+        present = run.allocated or zero
         return Stretch(
             start,
             run.length,
             depth,
-            present=True,
+            present=present,
             zero=zero,
-            data=not zero,
+            data=run.allocated,
             compressed=False,
-            offset=run.offset if run.content is not Content.OPAQUE else None,
+            offset=run.offset if present and not packed else None,
             filename=run.node.filename() or None,
         )
 

@@ -11,12 +11,13 @@ import logging
 from typing import TYPE_CHECKING, Final
 
 from blkferry.plane.loops import ended_unseen
+from blkferry.plane.tls import TlsSocket
 from blkferry.wire.nbd.constants import Cmd, CmdFlag, Errno, Mode
 from blkferry.wire.nbd.replies import Data, Failure, Hole, Replies, Status
 from blkferry.wire.nbd.transmission import ProtocolError, Request
 
 if TYPE_CHECKING:
-    from blkferry.drivers.nbd.dial import Session
+    from blkferry.drivers.nbd.haggling import Session
     from blkferry.plane.services import Services
     from blkferry.wire.nbd.transmission import Buffer
 
@@ -55,10 +56,15 @@ class Connection:
         self._replies = Replies(session.mode)
         self._calls: dict[int, _Call] = {}
         self._cookie = 0
-        self._out: list[Buffer] = []
+        self._out: list[bytes | memoryview] = []
         self._attached = False
         self._pushing = False
         self._writing = False
+
+    @property
+    def in_flight(self) -> int:
+        """How many requests have not been answered yet."""
+        return len(self._calls)
 
     # Requests ---------------------------------------------------------------------------------------------------
 
@@ -144,6 +150,13 @@ class Connection:
             return
         if ended_unseen(self._sock):
             self.end("the server closed the connection")
+        elif isinstance(self._sock, TlsSocket) and self._sock.ready:
+            self.services.loop.call_soon(self._more)
+
+    def _more(self) -> None:
+        """Go on with what TLS has decrypted already, of which the loop knows nothing."""
+        if self._attached:
+            self._readable()
 
     def _take(self, data: Buffer) -> None:
         for request, done, content in self._replies.receive(data):

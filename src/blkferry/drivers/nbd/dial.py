@@ -1,71 +1,54 @@
-"""Reaching an NBD server: the connection and the handshake, up to the first request. Blocking: call it in a thread."""
+"""Reaching an NBD server: connecting, TLS if it is wanted, and the handshake, up to the first request."""
 
 from __future__ import annotations
 
-import os
-import socket
-import time
-from dataclasses import dataclass, field
+import asyncio
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
 
+from blkferry.drivers.nbd.haggling import Haggling
 from blkferry.errors import Error, ErrorKind
+from blkferry.plane.tls import TlsSocket
 from blkferry.schema.sockets import SocketAddress, SocketAddressInet, SocketAddressUnix, SocketAddressVsock
-from blkferry.wire.nbd import client as wire
-from blkferry.wire.nbd.constants import (
-    MAX_REQUEST,
-    ClientFlag,
-    HandshakeFlag,
-    Info,
-    Mode,
-    Opt,
-    Rep,
-    TransmissionFlag,
-)
-from blkferry.wire.nbd.transmission import ProtocolError
+from blkferry.sockets.connect import connect
+
+if TYPE_CHECKING:
+    import socket
+
+    from blkferry.drivers.nbd.haggling import Session
 
 HANDSHAKE_SECONDS = 30.0
-"""How long a server may take from the connection to the end of the handshake."""
+"""How long a server may take from the first attempt to connect to the end of the handshake."""
 
-MAX_REPLIES = 64
-"""Replies to one option that are looked at: each kind of information that we ask for comes once."""
-
-BASE_ALLOCATION = "base:allocation"
+_HOSTNAME_MISMATCH: Final = (62, 64)  # X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH
 
 
-@dataclass(slots=True)
-class Session:
-    """What was agreed. `context` is the id of base:allocation if the server has it; sizes are bytes.
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What is dialled. With `security`, which gives a context for each attempt, only ever by TLS.
 
-    `maximum` is the longest READ, WRITE or CACHE that the server takes; `rest` what it has sent already.
+    `hostname` is the name that the certificate must have; None where there is none to expect. `context` is the
+    metadata context that tells block status, None for base:allocation if there is one.
     """
 
-    sock: socket.socket
-    mode: Mode = Mode.SIMPLE
-    size: int = 0
-    flags: TransmissionFlag = TransmissionFlag.HAS_FLAGS
-    minimum: int = 1
-    maximum: int = MAX_REQUEST
-    context: int | None = None
-    rest: bytearray = field(default_factory=bytearray)
+    address: SocketAddress
+    export: str
+    context: str | None = None
+    security: Callable[[], ssl.SSLContext] | None = None
+    hostname: str | None = None
 
 
-def dial(address: SocketAddress, export: str) -> Session:
+async def dial(target: Target) -> Session:
     """Connect, and haggle for the best that the server offers. Raises Error."""
-    deadline = time.monotonic() + HANDSHAKE_SECONDS
     try:
-        sock = _connect(address)
-    except OSError as error:
-        doing = f"Failed to connect to '{shown(address)}'"
-        raise Error.from_oserror(doing, OSError(error.errno, error.strerror or str(error))) from error
-    try:
-        session = _Haggling(sock, deadline).agree(export)
-        sock.setblocking(False)
-    except OSError as error:
-        sock.close()
-        raise Error(ErrorKind.IO, f"Failed to read initial magic or option reply: {error}") from error
-    except BaseException:
-        sock.close()
-        raise
-    return session
+        async with asyncio.timeout(HANDSHAKE_SECONDS):
+            sock = await connect(target.address)
+            return await _shake_hands(sock, target)
+    except TimeoutError:
+        text = f"'{shown(target.address)}' took longer than {HANDSHAKE_SECONDS:.0f} seconds to shake hands"
+        raise Error(ErrorKind.IO, text) from None
 
 
 def shown(address: SocketAddress) -> str:
@@ -80,101 +63,42 @@ def shown(address: SocketAddress) -> str:
     return address.type
 
 
-def _connect(address: SocketAddress) -> socket.socket:
-    match address:
-        case SocketAddressInet():
-            sock = socket.create_connection((address.host or "localhost", address.port), HANDSHAKE_SECONDS)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if address.keep_alive:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            return sock
-        case SocketAddressUnix():
-            if address.abstract:
-                name = b"\0" + os.fsencode(address.path)
-                return _open(socket.AF_UNIX, name if address.tight else name.ljust(108, b"\0"))
-            return _open(socket.AF_UNIX, address.path)
-        case SocketAddressVsock() if address.cid.isdecimal() and address.port.isdecimal():
-            return _open(socket.AF_VSOCK, (int(address.cid), int(address.port)))
-    raise Error(ErrorKind.INVALID_ARGUMENT, f"Cannot connect to a socket address of type '{address.type}'")
-
-
-def _open(family: socket.AddressFamily, where: str | bytes | tuple[int, int]) -> socket.socket:
-    sock = socket.socket(family, socket.SOCK_STREAM)
+async def _shake_hands(plain: socket.socket, target: Target) -> Session:
+    haggling = Haggling(plain)
     try:
-        sock.settimeout(HANDSHAKE_SECONDS)
-        sock.connect(where)
+        await haggling.greet()
+        if target.security is not None:
+            await haggling.start_tls()
+            haggling.sock = await _secure(plain, target.security(), target.hostname)
+        return await haggling.agree(target.export, target.context)
+    except OSError as error:
+        haggling.sock.close()
+        raise Error(ErrorKind.IO, f"Failed to read initial magic or option reply: {_reason(error)}") from error
     except BaseException:
-        sock.close()
+        haggling.sock.close()
         raise
-    return sock
 
 
-class _Haggling:
-    """One handshake on a blocking socket; what takes longer than until `deadline` fails."""
+async def _secure(plain: socket.socket, context: ssl.SSLContext, hostname: str | None) -> TlsSocket:
+    try:
+        secured = TlsSocket(plain, context, server_hostname=hostname)
+    except ValueError as error:
+        raise Error(ErrorKind.INVALID_ARGUMENT, f"No certificate can have the name '{hostname}': {error}") from error
+    try:
+        await secured.shake_hands()
+    except ssl.SSLCertVerificationError as error:
+        if error.verify_code in _HOSTNAME_MISMATCH:
+            text = f"Certificate does not match the hostname {hostname}"
+            raise Error(ErrorKind.DENIED, text, hint="Set tls-hostname to a name that it has.") from error
+        text = f"The server's certificate was refused: {error.verify_message}"
+        raise Error(ErrorKind.DENIED, text, hint="Is it signed by the CA of ca-cert.pem?") from error
+    except OSError as error:
+        raise Error(ErrorKind.IO, f"TLS handshake failed: {_reason(error)}") from error
+    return secured
 
-    def __init__(self, sock: socket.socket, deadline: float) -> None:
-        self.sock = sock
-        self.deadline = deadline
-        self.incoming = bytearray()
 
-    def agree(self, export: str) -> Session:
-        session = Session(self.sock, rest=self.incoming)
-        while (offered := wire.take_greeting(self.incoming)) is None:
-            self._receive()
-        if not offered & HandshakeFlag.FIXED_NEWSTYLE:
-            raise ProtocolError("the server does not offer the fixed newstyle handshake")
-        taken = ClientFlag.FIXED_NEWSTYLE | (ClientFlag.NO_ZEROES if offered & HandshakeFlag.NO_ZEROES else 0)
-        self.sock.sendall(wire.build_flags(taken))
-        for option, mode in ((Opt.EXTENDED_HEADERS, Mode.EXTENDED), (Opt.STRUCTURED_REPLY, Mode.STRUCTURED)):
-            if not self._option(option)[-1].failed:
-                session.mode = mode
-                break
-        if session.mode is not Mode.SIMPLE:
-            replies = self._option(Opt.SET_META_CONTEXT, wire.build_queries(export, (BASE_ALLOCATION,)))
-            for reply in replies[:-1]:
-                number, name = wire.parse_meta_context(reply.payload)
-                if name == BASE_ALLOCATION and not replies[-1].failed:
-                    session.context = number
-        self._go(session, export)
-        return session
-
-    def _go(self, session: Session, export: str) -> None:
-        replies = self._option(Opt.GO, wire.build_info(export, (Info.BLOCK_SIZE,)))
-        if replies[-1].failed:
-            text = replies[-1].text or f"error {replies[-1].kind:#x}"
-            raise Error(ErrorKind.NOT_FOUND, f"Requested export not available: {text}", export=export)
-        told = False
-        for reply in replies[:-1]:
-            match wire.parse_info(reply.payload):
-                case wire.ExportSize(size, flags):
-                    session.size, session.flags, told = size, flags, True
-                case wire.BlockSize(minimum, _, maximum):
-                    session.minimum = minimum
-                    session.maximum = min(maximum, MAX_REQUEST) // minimum * minimum
-        if not told:
-            raise ProtocolError("the server did not tell the size of the export")
-        if session.size >= 1 << 63 or not session.maximum:
-            raise ProtocolError(f"an export of {session.size} bytes in blocks of {session.minimum} is too large")
-
-    def _option(self, option: Opt, payload: bytes = b"") -> list[wire.OptionReply]:
-        self.sock.sendall(wire.build_option(option, payload))
-        replies: list[wire.OptionReply] = []
-        while not replies or not (replies[-1].kind == Rep.ACK or replies[-1].failed):
-            if len(replies) == MAX_REPLIES:
-                raise ProtocolError(f"more than {MAX_REPLIES} replies to {option.name}")
-            while (reply := wire.take_option_reply(self.incoming)) is None:
-                self._receive()
-            if reply.option != option:
-                raise ProtocolError(f"reply to option {reply.option} where {option.name} was sent")
-            replies.append(reply)
-        return replies
-
-    def _receive(self) -> None:
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError(f"the handshake took longer than {HANDSHAKE_SECONDS:.0f} seconds")
-        self.sock.settimeout(left)
-        data = self.sock.recv(1 << 16)
-        if not data:
-            raise ConnectionResetError("the server closed the connection")
-        self.incoming += data
+def _reason(error: OSError) -> str:
+    """What went wrong, in OpenSSL's words without its source lines."""
+    if isinstance(error, ssl.SSLError) and error.reason:
+        return error.reason.lower().replace("_", " ")
+    return error.strerror or str(error)

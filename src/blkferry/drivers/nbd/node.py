@@ -1,35 +1,44 @@
 """`nbd`: a disk that is another server's export.
 
-When the connection ends, the next request makes another one. What was in flight is sent again: every NBD request may
-be repeated until it is answered. How long requests wait for that is `reconnect-delay`; after it they fail.
+When a connection ends, the next request makes another one. What was in flight is sent again: every NBD request may be
+repeated until it is answered. How long requests wait for that is `reconnect-delay`; after it they fail.
+
+Several connections are one disk only where the server promises so (CAN_MULTI_CONN): then a request may go to any of
+them, and a flush on one covers what was answered on all. What is lost with one of them goes to those that are left.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
-import logging
+import ssl
 import time
 from typing import Annotated, ClassVar, Literal
 
-from blkferry.drivers.nbd.connection import Connection, ConnectionLost
-from blkferry.drivers.nbd.dial import Session, dial, shown
+from blkferry.drivers.nbd.connection import ConnectionLost
+from blkferry.drivers.nbd.dial import Target, dial, shown
+from blkferry.drivers.nbd.haggling import Session
+from blkferry.drivers.nbd.line import FIRST_PAUSE, Line, persist
 from blkferry.errors import Error, ErrorKind
 from blkferry.extent import MAX_EXTENTS, Content, Effort, Extent
-from blkferry.graph.graph import Opening
+from blkferry.graph.graph import Graph, Opening
 from blkferry.graph.node import Node
 from blkferry.plane.services import Services
 from blkferry.schema.block import BlockdevOptions
-from blkferry.schema.qapi import Doc, Uint32, branch
+from blkferry.schema.qapi import EXTENSION, Doc, Uint8, Uint32, branch
 from blkferry.schema.sockets import SocketAddress, SocketAddressInet, SocketAddressUnix
 from blkferry.units import GIB, align_down, align_up
 from blkferry.wire.nbd.constants import MAX_STRING, Cmd, CmdFlag, StatusFlag, TransmissionFlag
 from blkferry.wire.nbd.uri import tcp_uri, unix_uri
 
-log = logging.getLogger(__name__)
+ALLOCATION_DEPTH = "qemu:allocation-depth"
+_DEEP = (
+    2  # what is below the uppermost layer, however deep, reads as zeroes in terms of base:allocation: as QEMU has it
+)
 
-_FIRST_PAUSE = 0.1  # seconds between two attempts to connect; doubled up to the last
-_LAST_PAUSE = 4.0
+MAX_CONNECTIONS = 16
+"""As many as a server may be asked to serve one disk by, like others do."""
 
 
 @branch
@@ -39,26 +48,46 @@ class BlockdevOptionsNbd(BlockdevOptions):
     driver: Literal["nbd"] = "nbd"
     server: Annotated[SocketAddress, Doc("where the server listens", since="2.9")]
     export: Annotated[str, Doc("name of the export", since="2.9")] = ""
+    tls_creds: Annotated[str | None, Doc("the TLS credentials to connect with (default: no TLS)", since="2.9")] = None
+    tls_hostname: Annotated[
+        str | None, Doc("the name that the server's certificate must have (default: the host)", since="7.0")
+    ] = None
+    x_dirty_bitmap: Annotated[
+        str | None,
+        Doc(
+            "the metadata context to ask for block status instead of base:allocation, like qemu:dirty-bitmap:NAME: "
+            "what is dirty is told as not allocated",
+            since="3.0",
+        ),
+    ] = None
     reconnect_delay: Annotated[
         Uint32, Doc("seconds that requests wait for a lost connection before they fail", since="4.2")
     ] = 0
     open_timeout: Annotated[Uint32, Doc("seconds to go on trying when the first connection fails", since="7.0")] = 0
+    connections: Annotated[
+        Uint8,
+        Doc("connections to spread requests over, 1 to 16, if the server allows several", features=(EXTENSION,)),
+    ] = 1
 
 
 class Nbd(Node):
-    """A node over one connection, which may be replaced."""
+    """A node over one or several connections, which may be replaced."""
 
     driver: ClassVar[str] = "nbd"
     options_type: ClassVar[type[BlockdevOptions]] = BlockdevOptionsNbd
     options: BlockdevOptionsNbd
 
-    _connection: Connection | None = None
-    _reconnecting: asyncio.Task[Connection] | None = None
-
     async def open(self, opening: Opening) -> None:
+        self._lines: list[Line] = []
         if len(self.options.export.encode()) > MAX_STRING:
             raise Error(ErrorKind.INVALID_ARGUMENT, "export name too long to send to server")
-        session = await self._first()
+        if len((self.options.x_dirty_bitmap or "").encode()) > MAX_STRING:
+            raise Error(ErrorKind.INVALID_ARGUMENT, "x-dirty-bitmap query too long to send to server")
+        if not 1 <= self.options.connections <= MAX_CONNECTIONS:
+            text = f"Parameter 'connections' expects a number between 1 and {MAX_CONNECTIONS}"
+            raise Error(ErrorKind.INVALID_ARGUMENT, text)
+        self._target = self._aim(opening.graph)
+        session = await persist(lambda: dial(self._target), self.options.open_timeout)
         self._flags = session.flags
         self._minimum, self._maximum = session.minimum, session.maximum
         self.length = session.size
@@ -66,23 +95,39 @@ class Nbd(Node):
         self._writes = asyncio.Lock()
         self._changes = 0
         self._answers: dict[int, list[Extent]] = {}
-        self._connection = Connection(session, self.services)
+        self._has_context = session.context is not None
+        self._lines.append(self._line(session))
         if self._flags & TransmissionFlag.READ_ONLY and not self.read_only:
             if not opening.auto_read_only:
                 raise Error(ErrorKind.DENIED, "request on write denied without write permission")
             self.read_only = True
+        if self._flags & TransmissionFlag.CAN_MULTI_CONN:
+            for _ in range(1, self.options.connections):
+                self._lines.append(self._line(await self._dial_again()))
 
-    async def _first(self) -> Session:
-        deadline = time.monotonic() + self.options.open_timeout
-        pause = _FIRST_PAUSE
-        while True:
-            try:
-                return await self.services.in_thread(dial, self.options.server, self.options.export)
-            except Error:
-                if time.monotonic() + pause > deadline:
-                    raise
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, _LAST_PAUSE)
+    def _line(self, session: Session) -> Line:
+        return Line(session, self.services, self._dial_again, self.options.reconnect_delay)
+
+    def _aim(self, graph: Graph) -> Target:
+        options = self.options
+        credentials, hostname = options.tls_creds, options.tls_hostname
+        if credentials is None:
+            if hostname is not None:
+                raise Error(ErrorKind.INVALID_ARGUMENT, "Parameter 'tls-hostname' requires 'tls-creds'")
+            return Target(options.server, options.export, options.x_dirty_bitmap)
+        if hostname is None and isinstance(options.server, SocketAddressInet):
+            hostname = options.server.host
+        named = hostname is not None
+        latest = graph.client_tls(credentials, named=named)
+
+        def context() -> ssl.SSLContext:
+            """What the credentials make now; those that have been removed stay in use until there are others."""
+            nonlocal latest
+            with contextlib.suppress(Error):
+                latest = graph.client_tls(credentials, named=named)
+            return latest
+
+        return Target(options.server, options.export, options.x_dirty_bitmap, context, hostname)
 
     # Where bytes are --------------------------------------------------------------------------------------------
 
@@ -104,18 +149,16 @@ class Nbd(Node):
         """Ask the server. What it says is kept for the lookup that follows within this turn of the loop."""
         changes = self._changes
         answer = [Extent(start, length, Content.OPAQUE, start)]
-        if self._connected_session().context is not None:
+        if self._has_context:
             first = align_down(start, self._minimum)
             most = min(align_up(start + length, self._minimum), self.length, first + GIB) - first
             extents = await self._call(Cmd.BLOCK_STATUS, first, most)
             if changes == self._changes and extents:  # else it may be of before a write: data is always right
+                if self.options.x_dirty_bitmap == ALLOCATION_DEPTH:
+                    extents = tuple((each, min(depth, _DEEP)) for each, depth in extents)
                 answer = _translate(extents, first, start, start + length)
         self._answers[start] = answer
         self.services.loop.call_soon(self._answers.pop, start, None)
-
-    def _connected_session(self) -> Session:
-        assert self._connection is not None
-        return self._connection.session
 
     # Bytes ------------------------------------------------------------------------------------------------------
 
@@ -190,67 +233,46 @@ class Nbd(Node):
             self._changes += 1
             self._answers.clear()
 
-    # The connection ---------------------------------------------------------------------------------------------
+    # Connections ------------------------------------------------------------------------------------------------
 
     async def _call(
         self, command: Cmd, start: int, length: int, *, flags: int = 0, view: memoryview | None = None
     ) -> tuple[tuple[int, int], ...]:
         deadline = None
         while True:
-            connection = self._connection
-            if connection is None or connection.lost:
-                connection = await self._reconnected()
+            line = self._lines[0] if len(self._lines) == 1 else self._least_busy()
+            connection = line.connection
+            if connection.lost:
+                connection = await line.connected()
             try:
                 return await connection.call(command, start, length, flags=flags, view=view)
             except ConnectionLost:
                 if deadline is None:
                     deadline = time.monotonic() + self.options.reconnect_delay
                 else:
-                    await asyncio.sleep(_FIRST_PAUSE)  # it was lost again: a server that hangs up on every request
-                if time.monotonic() >= deadline:
+                    await asyncio.sleep(FIRST_PAUSE)  # it was lost again: a server that hangs up on every request
+                if time.monotonic() >= deadline and all(line.connection.lost for line in self._lines):
                     raise OSError(errno.EIO, "the connection to the NBD server has ended") from None
 
-    async def _reconnected(self) -> Connection:
-        """Wait for another connection, together with all others who do."""
-        if self._reconnecting is None:
-            self._reconnecting = self.services.loop.create_task(self._reconnect())
-            self._reconnecting.add_done_callback(self._reconnect_ended)
-        try:
-            return await asyncio.shield(self._reconnecting)
-        except (Error, TimeoutError) as error:
-            raise OSError(errno.EIO, f"the connection to the NBD server has ended: {error}") from error
-
-    def _reconnect_ended(self, task: asyncio.Task[Connection]) -> None:
-        self._reconnecting = None
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.warning("Cannot reach the NBD server of %s: %s", self.describe(), error)
-
-    async def _reconnect(self) -> Connection:
-        deadline = time.monotonic() + self.options.reconnect_delay
-        pause = _FIRST_PAUSE
-        while True:
-            try:
-                session = await self.services.in_thread(dial, self.options.server, self.options.export)
-                self._accept(session)
-            except Error:
-                if time.monotonic() + pause > deadline:
-                    raise
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, _LAST_PAUSE)
+    def _least_busy(self) -> Line:
+        live: list[Line] = []
+        for line in self._lines:
+            if line.connection.lost:
+                line.revive()
             else:
-                self._connection = Connection(session, self.services)
-                return self._connection
+                live.append(line)
+        return min(live or self._lines, key=lambda line: line.connection.in_flight)
 
-    def _accept(self, session: Session) -> None:
-        """See whether the server still exports the same disk. Raises Error."""
-        missing = self._flags & ~session.flags or (
-            session.context is None and self._connected_session().context is not None
-        )
+    async def _dial_again(self) -> Session:
+        """Another connection to the same disk. Raises Error."""
+        session = await dial(self._target)
+        missing = self._flags & ~session.flags or (self._has_context and session.context is None)
         writable = self.read_only or not session.flags & TransmissionFlag.READ_ONLY
         same = session.size == self.length and session.minimum <= self._minimum and session.maximum >= self._maximum
         if missing or not writable or not same:
             session.sock.close()
             raise Error(ErrorKind.IO, f"'{self.filename()}' is not the export any more that it was")
+        return session
 
     # Life -------------------------------------------------------------------------------------------------------
 
@@ -263,22 +285,18 @@ class Nbd(Node):
         return f"nbd:{shown(self.options.server)}"
 
     async def pause(self) -> None:
-        if self._reconnecting is not None:
-            self._reconnecting.cancel()
-        if self._connection is not None and not self._connection.lost:
-            self._connection.detach()
+        for line in self._lines:
+            line.pause()
 
     def move(self, services: Services) -> None:
         super().move(services)
         self._writes = asyncio.Lock()
-        if self._connection is not None:
-            self._connection.services = services
+        for line in self._lines:
+            line.move(services)
 
     async def close(self) -> None:
-        if self._reconnecting is not None:
-            self._reconnecting.cancel()
-        if self._connection is not None:
-            self._connection.leave()
+        for line in self._lines:
+            line.leave()
 
 
 def _translate(extents: tuple[tuple[int, int], ...], at: int, start: int, end: int) -> list[Extent]:
