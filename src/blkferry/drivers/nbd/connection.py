@@ -10,39 +10,24 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Final
 
+from blkferry.drivers.nbd.answers import Answers, Call
 from blkferry.plane.loops import ended_unseen
 from blkferry.plane.tls import TlsSocket
-from blkferry.wire.nbd.constants import Cmd, CmdFlag, Errno, Mode
-from blkferry.wire.nbd.replies import Data, Failure, Hole, Replies, Status
-from blkferry.wire.nbd.transmission import ProtocolError, Request
+from blkferry.wire.nbd.constants import Cmd, CmdFlag, Mode
+from blkferry.wire.nbd.transmission import REQUEST_LAYOUT, ProtocolError, Request
 
 if TYPE_CHECKING:
     from blkferry.drivers.nbd.haggling import Session
     from blkferry.plane.services import Services
-    from blkferry.wire.nbd.transmission import Buffer
 
 log = logging.getLogger(__name__)
 
 _PIECES: Final = 512  # of one gathered send; the kernel takes 1024
 _RECEIVES: Final = 8  # of one turn, so that no server starves others on the loop
-_ERRNOS: Final = frozenset(Errno)
 
 
 class ConnectionLost(Exception):  # noqa: N818 - an outcome that callers expect
     """The connection ended before this request was answered."""
-
-
-class _Call:
-    """A request in flight."""
-
-    __slots__ = ("error", "extents", "future", "request", "view")
-
-    def __init__(self, request: Request, view: memoryview | None, future: asyncio.Future[None]) -> None:
-        self.request = request
-        self.view = view
-        self.future = future
-        self.error = 0
-        self.extents: tuple[tuple[int, int], ...] = ()
 
 
 class Connection:
@@ -53,8 +38,9 @@ class Connection:
         self.services = services
         self.lost = False
         self._sock = session.sock
-        self._replies = Replies(session.mode)
-        self._calls: dict[int, _Call] = {}
+        self._answers = Answers(session.mode, session.context)
+        self._tail = b""  # received, but of no use before what follows it
+        self._magic, self._layout = REQUEST_LAYOUT[session.mode]
         self._cookie = 0
         self._out: list[bytes | memoryview] = []
         self._attached = False
@@ -64,7 +50,7 @@ class Connection:
     @property
     def in_flight(self) -> int:
         """How many requests have not been answered yet."""
-        return len(self._calls)
+        return len(self._answers.calls)
 
     # Requests ---------------------------------------------------------------------------------------------------
 
@@ -81,11 +67,9 @@ class Connection:
         if command == Cmd.WRITE and self.session.mode is Mode.EXTENDED:
             flags |= CmdFlag.PAYLOAD_LEN
         self._cookie += 1
-        request = Request(flags, command, self._cookie, start, length)
-        call = _Call(request, view, self.services.loop.create_future())
-        self._replies.expect(request)
-        self._calls[request.cookie] = call
-        self._out.append(request.build(self.session.mode))
+        call = Call(command, start, length, view, self.services.loop.create_future())
+        self._answers.calls[self._cookie] = call
+        self._out.append(self._layout.pack(self._magic, flags, command, self._cookie, start, length))
         if command == Cmd.WRITE and view is not None:
             self._out.append(view)
         if not self._pushing:
@@ -136,12 +120,16 @@ class Connection:
         scratch = self.services.scratch_in
         try:
             for _ in range(_RECEIVES):
-                count = self._sock.recv_into(scratch)
+                before = len(self._tail)
+                count = self._sock.recv_into(scratch[before:] if before else scratch)
                 if not count:
                     self.end("the server closed the connection")
                     return
-                self._take(scratch[:count])
-                if count < len(scratch):
+                scratch[:before] = self._tail
+                have = before + count
+                left = self._answers.receive(scratch[:have])
+                self._tail = bytes(scratch[have - left : have])
+                if have < len(scratch):
                     break
         except BlockingIOError:
             pass
@@ -157,25 +145,6 @@ class Connection:
         """Go on with what TLS has decrypted already, of which the loop knows nothing."""
         if self._attached:
             self._readable()
-
-    def _take(self, data: Buffer) -> None:
-        for request, done, content in self._replies.receive(data):
-            call = self._calls[request.cookie]
-            match content:
-                case Data(offset, received) if call.view is not None:
-                    at = offset - request.offset
-                    call.view[at : at + len(received)] = received
-                case Hole(offset, length) if call.view is not None:
-                    at = offset - request.offset
-                    call.view[at : at + length] = bytes(length)
-                case Status(context, extents) if context == self.session.context:
-                    call.extents = extents
-                case Failure(error, _):
-                    call.error = error if error in _ERRNOS else Errno.EINVAL
-            if done:
-                del self._calls[request.cookie]
-                if not call.future.done():
-                    call.future.set_result(None)
 
     # Life -------------------------------------------------------------------------------------------------------
 
@@ -215,7 +184,7 @@ class Connection:
         self.detach()
         self._sock.close()
         self._out.clear()
-        calls, self._calls = self._calls, {}
+        calls, self._answers.calls = self._answers.calls, {}
         for call in calls.values():
             if not call.future.done():
                 call.future.set_exception(ConnectionLost())

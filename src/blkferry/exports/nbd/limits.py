@@ -57,3 +57,7 @@ GATHER_SECONDS = 12e-6
 MAX_RECEIVES = 4
 """How often one client may receive in a turn while large writes are on their way: the rest of a payload, what follows
 it, and the same once more."""
+
+MAX_PLAIN_READ = 32 << 10
+"""Reads of up to so many bytes that come this way are sent as they are: finding out where the holes are would take as
+long again, and on another server's disk a round trip."""

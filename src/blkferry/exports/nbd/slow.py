@@ -12,7 +12,7 @@ from collections.abc import Awaitable
 from typing import TYPE_CHECKING
 
 from blkferry.errors import Error
-from blkferry.exports.nbd.limits import MAX_READ_PIECES, MAX_STATUS_EXTENTS
+from blkferry.exports.nbd.limits import MAX_PLAIN_READ, MAX_READ_PIECES, MAX_STATUS_EXTENTS
 from blkferry.plane.buffers import Buffer
 from blkferry.wire.nbd import transmission as wire
 from blkferry.wire.nbd.constants import Cmd, CmdFlag, Mode
@@ -112,7 +112,7 @@ async def _read(client: NbdClient, request: wire.Request) -> bytes:
             await client.root.flush()
         if not request.length:
             return wire.success_reply(client.mode, request)
-        if client.mode is Mode.SIMPLE or request.flags & CmdFlag.DF:
+        if client.mode is Mode.SIMPLE or request.flags & CmdFlag.DF or request.length <= MAX_PLAIN_READ:
             return await _data(client, request, request.offset, request.length, done=True)
         return await _sparse(client, request)
 

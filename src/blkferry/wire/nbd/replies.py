@@ -118,6 +118,19 @@ class Replies:
     def in_flight(self) -> int:
         return len(self._pending)
 
+    @property
+    def amid(self) -> bool:
+        """Whether a part of a message has been received, so that its rest must come here too."""
+        return bool(self._incoming)
+
+    def withdraw(self, cookie: int) -> bool:
+        """Forget a request whose reply the caller has read itself; False, and it stays, if a part of that came here."""
+        pending = self._pending[cookie]
+        if pending.parts or pending.failed:
+            return False
+        del self._pending[cookie]
+        return True
+
     def receive(self, data: Buffer) -> list[Reply]:
         """Take bytes from the server and return the replies they complete. Raises ProtocolError."""
         self._incoming += data
