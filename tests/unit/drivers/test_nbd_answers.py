@@ -90,6 +90,7 @@ def test_any_replies_cut_anywhere(mode, most, seed):
             messages.remove(said)
     feed(answers, stream, chance, most)
     assert not answers.calls
+    assert not answers._replies.in_flight
     for request, call, error in calls:
         assert call.future.done()
         assert call.error == error
@@ -117,4 +118,27 @@ def test_a_stream_out_of_step_is_noticed_wherever_that_is(mode):
             assert not call.future.done()
         else:
             assert call.error or not call.future.done() or call.view == DISK[4096:4608]
+    loop.close()
+
+
+def test_a_simple_reply_among_chunks_does_not_wait_for_more():
+    """It is shorter than the header of a chunk."""
+    loop = asyncio.new_event_loop()
+    answers = Answers(Mode.STRUCTURED, CONTEXT)
+    answers.calls[1] = call = make(loop, Request(0, Cmd.WRITE, 1, 0, 512))
+    assert answers.receive(memoryview(wire.simple_reply(1))) == 0
+    assert call.future.done()
+    loop.close()
+
+
+@pytest.mark.parametrize("mode", [Mode.STRUCTURED, Mode.EXTENDED])
+def test_what_was_answered_in_part_is_not_answered_as_a_whole(mode):
+    loop = asyncio.new_event_loop()
+    request = Request(0, Cmd.READ, 1, 4096, 512)
+    answers = Answers(mode, CONTEXT)
+    answers.calls[1] = call = make(loop, request)
+    answers.receive(memoryview(split_reply(mode, request)[0]))
+    with pytest.raises(ProtocolError, match="repeats what was sent before"):
+        answers.receive(memoryview(data_reply(mode, request)))
+    assert not call.future.done()
     loop.close()
