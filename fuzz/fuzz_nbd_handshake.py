@@ -2,13 +2,14 @@
 
     python fuzz/fuzz_nbd_handshake.py [seconds] [seed]
 
-Builds sessions of options that are valid, nearly valid and not valid at all, and feeds each whole, byte by
-byte and in random pieces. Some are with servers that require TLS: these have two phases, before and after it. A failure
-prints the seed and the session that reproduce it.
+Builds sessions of options that are valid, nearly valid and not valid at all, takes those that real clients had
+(fuzz/corpus/nbd_handshake), and feeds each whole, byte by byte and in random pieces. Some are with servers that require
+TLS: these have two phases, before and after it. A failure prints the seed and the session that reproduce it.
 """
 
 from __future__ import annotations
 
+import pathlib
 import random
 import sys
 import time
@@ -19,6 +20,9 @@ from blkferry.wire.nbd.client import build_flags, build_info, build_option, buil
 from blkferry.wire.nbd.constants import MAX_META_OPTION, MAX_STRING, Opt, TransmissionFlag
 from blkferry.wire.nbd.handshake import MAX_OUTGOING, ExportInfo, Handshake, State
 
+CORPUS = [
+    file.read_bytes() for file in sorted((pathlib.Path(__file__).parent / "corpus" / "nbd_handshake").glob("*.bin"))
+]
 CONTEXTS = ((0, "base:allocation"), (1, "qemu:allocation-depth"), (2, "qemu:dirty-bitmap:b"))
 EXPORTS = {
     name: ExportInfo(name, text, 1 << 20, TransmissionFlag.HAS_FLAGS, 512, 4096, 1 << 25, CONTEXTS)
@@ -92,6 +96,8 @@ class Session(NamedTuple):
 
     @classmethod
     def any(cls, rng):
+        if rng.random() < 0.2:
+            return cls(damaged(rng, rng.choice(CORPUS)), None, "")
         flags = build_flags(rng.choice([3, 3, 3, 3, 1, 0, rng.randrange(1 << 32)]))
         if rng.random() < 0.5:
             return cls(flags + any_options(rng), None, "")
@@ -138,6 +144,15 @@ def feed(machine, parts, sent):
             sent += data
 
 
+def check(rng, session):
+    """Have a session in all ways; the state it ends in."""
+    whole = converse(session, lambda data: [data])
+    assert converse(session, partial(pieces, rng)) == whole
+    if len(session.before) + len(session.after or b"") < 5000:
+        assert converse(session, lambda data: (data[i : i + 1] for i in range(len(data)))) == whole
+    return whole[1]
+
+
 def main(seconds=10.0, seed=None):
     seed = random.randrange(1 << 32) if seed is None else seed
     rng = random.Random(seed)
@@ -146,13 +161,12 @@ def main(seconds=10.0, seed=None):
     session = Session(b"", None, "")
     ends = dict.fromkeys(State, 0)
     try:
+        for said in CORPUS:
+            session = Session(said, None, "")
+            assert check(rng, session) in {State.DONE, State.CLOSED, State.OPTION}
         while time.monotonic() < deadline:
             session = Session.any(rng)
-            whole = converse(session, lambda data: [data])
-            ends[whole[1]] += 1
-            assert converse(session, partial(pieces, rng)) == whole
-            if len(session.before) + len(session.after or b"") < 5000:
-                assert converse(session, lambda data: (data[i : i + 1] for i in range(len(data)))) == whole
+            ends[check(rng, session)] += 1
             sessions += 1
     except Exception:
         sys.stderr.write(f"seed {seed}, session {sessions}: {session}\n")

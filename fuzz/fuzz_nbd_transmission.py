@@ -2,15 +2,18 @@
 
     python fuzz/fuzz_nbd_transmission.py [seconds] [seed]
 
-Plays sessions of requests that are right, nearly right and not right at all against a whole daemon, in random pieces.
-A session that was not damaged must get exactly the answers that the rules demand. A failure prints seed and session.
+Plays sessions of requests that are right, nearly right and not right at all against a whole daemon, in random pieces,
+and those that real clients had (fuzz/corpus/nbd_transmission), whole and damaged. A session of ours that was not
+damaged must get exactly the answers that the rules demand. A failure prints seed and session.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import pathlib
 import random
+import socket
 import sys
 import time
 
@@ -21,6 +24,10 @@ from blkferry.wire.nbd.transmission import ProtocolError, Request, StatusFilter,
 
 SIZE = (1 << 20) + 512
 MAX_REQUESTS = 40
+CORPUS = [
+    (Mode[file.suffix[1:].upper()], file.read_bytes())
+    for file in sorted((pathlib.Path(__file__).parent / "corpus" / "nbd_transmission").iterdir())
+]
 
 
 class Complaints(logging.Handler):
@@ -121,6 +128,15 @@ def play(rng, daemon, export, mode):
     return data
 
 
+def replay(rng, daemon, mode, data):
+    """What a client that nobody here wrote has sent, to its end. Returns what was sent, for the report."""
+    with daemon.client("m", mode=mode, timeout=10) as client, contextlib.suppress(ConnectionEnded, ProtocolError):
+        send_in_pieces(rng, client, data)
+        client.sock.shutdown(socket.SHUT_WR)
+        assert client.ended(), "the daemon waits for a client that will say no more"
+    return data
+
+
 def quiet(daemon):
     server = daemon.daemon.nbd_server
     return not server._connections and not daemon.daemon.services.buffers.used  # noqa: SLF001 - it must be so inside
@@ -141,8 +157,14 @@ def main(seconds=10.0, seed=None):
         daemon.export("n", "n", "n")
         deadline = time.monotonic() + seconds
         try:
+            for mode, data in CORPUS:
+                replay(rng, daemon, mode, data)
             while time.monotonic() < deadline:
-                data = play(rng, daemon, rng.choice("mn"), rng.choice(list(Mode)))
+                if rng.random() < 0.2:
+                    mode, said = rng.choice(CORPUS)
+                    data = replay(rng, daemon, mode, damaged(rng, said))
+                else:
+                    data = play(rng, daemon, rng.choice("mn"), rng.choice(list(Mode)))
                 sessions += 1
                 if sessions % 50 == 0:
                     patience = time.monotonic() + 5

@@ -7,8 +7,10 @@ import errno
 import os
 import random
 import subprocess
+import sys
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +26,7 @@ from blkferry.testing import record
 MIB = 1 << 20
 SIZE = 2 * MIB
 FORGETFUL = {"null-co"}  # reads zeroes whatever was written
-FIXED = {"null-co", "host_device", "memory"}  # may refuse to change their size
+FIXED = {"null-co", "host_device", "memory", "nbd"}  # may refuse to change their size
 
 
 def file_of(tmp_path, size=SIZE) -> str:
@@ -34,24 +36,48 @@ def file_of(tmp_path, size=SIZE) -> str:
     return str(path)
 
 
-@pytest.fixture
-def loop_device(tmp_path):
-    """The path of a block device; the test is skipped where none can be made."""
-    made: list[str] = []
+class Outside:
+    """What drivers need that is not a file: it is made when it is asked for, and ends with the test."""
 
-    def make() -> str:
+    def __init__(self, directory) -> None:
+        self._directory = directory
+        self._devices: list[str] = []
+        self._servers: list[subprocess.Popen[str]] = []
+
+    def device(self) -> str:
+        """The path of a block device; the test is skipped where none can be made."""
         if os.geteuid() != 0:
             pytest.skip("only root can set up loop devices")
-        command = ["losetup", "--find", "--show", file_of(tmp_path)]
+        command = ["losetup", "--find", "--show", file_of(self._directory)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             pytest.skip(f"no loop device to be had: {done.stderr}")
-        made.append(done.stdout.strip())
-        return made[0]
+        self._devices.append(done.stdout.strip())
+        return self._devices[-1]
 
-    yield make
-    for device in made:
-        subprocess.run(["losetup", "--detach", device], check=True)
+    def server(self) -> dict[str, Any]:
+        """How to connect to an NBD server that exports an empty disk."""
+        path = self._directory / "server.sock"
+        command = [Path(sys.executable).with_name("blkferry"), "serve", "-q", "--socket", path, f"memory:{SIZE}"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self._servers.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("nbd+unix:")
+        return {"server": {"type": "unix", "path": str(path)}, "export": "memory"}
+
+    def end(self) -> None:
+        for device in self._devices:
+            subprocess.run(["losetup", "--detach", device], check=True)
+        for process in self._servers:
+            process.terminate()
+            process.communicate()
+
+
+@pytest.fixture
+def outside(tmp_path):
+    made = Outside(tmp_path)
+    yield made
+    made.end()
 
 
 def qcow2_of(tmp_path, *, backing: int = 0, data_file: bool = False, **spec) -> dict[str, Any]:
@@ -86,12 +112,13 @@ CASES = {
     "file, odd": lambda path, _: {"filename": file_of(path, SIZE - 300)},
     "file, direct, odd": lambda path, _: {"filename": file_of(path, SIZE - 300), "cache": {"direct": True}},
     "file, threads": lambda path, _: {"filename": file_of(path), "aio": "threads"},
-    "host_device": lambda _, device: {"filename": device()},
-    "host_device, direct": lambda _, device: {"filename": device(), "cache": {"direct": True}},
+    "host_device": lambda _, outside: {"filename": outside.device()},
+    "host_device, direct": lambda _, outside: {"filename": outside.device(), "cache": {"direct": True}},
     "memory": lambda *_: {"size": SIZE},
     "memory, odd": lambda *_: {"size": SIZE - 511},
     "null-co": lambda *_: {"size": SIZE},
     "null-co, slow": lambda *_: {"size": SIZE, "latency-ns": 100_000},
+    "nbd": lambda _, outside: outside.server(),
     "raw": lambda path, _: {"file": {"driver": "file", "filename": file_of(path)}},
     "raw, window": lambda path, _: {
         "file": {"driver": "file", "filename": file_of(path, 2 * SIZE)},
@@ -141,9 +168,9 @@ class Subject:
 
 
 @pytest.fixture(params=CASES)
-async def subject(request, tmp_path, loop_device) -> AsyncIterator[Subject]:
+async def subject(request, tmp_path, outside) -> AsyncIterator[Subject]:
     driver = request.param.partition(",")[0].partition(" ")[0]
-    options = CASES[request.param](tmp_path, loop_device)
+    options = CASES[request.param](tmp_path, outside)
     async with Daemon() as daemon:
         await daemon.execute("query-version")
         files = os.listdir("/proc/self/fd")

@@ -20,7 +20,7 @@ FORMATS = ("raw", "qcow2")
 REATTACH = Path(__file__).with_name("reattach.py")
 
 pytestmark = [
-    requires(KERNEL, "qemu-system-x86_64", "nbd-client", "mkfs.ext4", "debugfs", "fio", "qemu-img"),
+    requires(KERNEL, "qemu-system-x86_64", "nbd-client", "nbdcopy", "mkfs.ext4", "debugfs", "fio", "qemu-img"),
     pytest.mark.timeout(300),  # an emulated machine feels whatever else this one has to do
 ]
 
@@ -221,26 +221,29 @@ def test_a_guest_that_writes_does_not_notice_restarts(guest, tmp_path):
 
 
 def test_the_daemon_runs_in_a_guest(guest):
-    """From the virtual environment that runs this test, at the path it has here."""
+    """From the virtual environment that runs this test, at the path it has here; over a unix socket, and over vsock."""
     program = Path(sys.executable).with_name("blkferry-qsd")
+    guest.run("modprobe -a nbd vsock_loopback")
     guest.run(
         f"""
         truncate -s 64M /run/disk.raw
         {program} --blockdev file,node-name=disk,filename=/run/disk.raw \\
             --nbd-server addr.type=unix,addr.path=/run/nbd.sock --export nbd,id=disk,node-name=disk,writable=on \\
-            --pidfile /run/qsd.pid --daemonize
+            --nbd-server id=guests,addr.type=vsock,addr.cid=1,addr.port=10809 \\
+            --export nbd,id=same,node-name=disk,server=guests --pidfile /run/qsd.pid --daemonize
         """,
         bare=True,
     )
     guest.run(
         """
-        modprobe nbd
         nbd-client -unix /run/nbd.sock /dev/nbd0 -N disk >/dev/null 2>&1
         yes | dd of=/dev/nbd0 bs=1M count=4 iflag=fullblock oflag=direct
         nbd-client -d /dev/nbd0
+        nbdcopy nbd+vsock://1:10809/disk /run/copy
+        yes | head -c 4M | cmp -n 4M - /run/copy
         kill $(cat /run/qsd.pid)
         while kill -0 $(cat /run/qsd.pid); do sleep 0.1; done
-        yes | head -c 4M | cmp -n 4M - /run/disk.raw
+        cmp /run/copy /run/disk.raw
         test ! -e /run/nbd.sock
         """
     )

@@ -69,8 +69,8 @@ async def test_an_image_goes_in_and_an_export_comes_out(sockets, image):
         await client.execute("block-export-add", {"type": "nbd", "id": "e2", "node-name": "f"})
         exports = await client.execute("query-block-exports")
         assert exports == [
-            {"id": "e2", "type": "nbd", "node-name": "f", "shutting-down": False},
-            {"id": "e1", "type": "nbd", "node-name": "r", "shutting-down": False},
+            {"id": "e2", "type": "nbd", "node-name": "f", "shutting-down": False, "clients": []},
+            {"id": "e1", "type": "nbd", "node-name": "r", "shutting-down": False, "clients": []},
         ]
         nodes = {node["node-name"]: node for node in await client.execute("query-named-block-nodes")}
         assert nodes["r"]["image"]["virtual-size"] == 1024

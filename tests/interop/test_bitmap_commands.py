@@ -14,7 +14,9 @@ import pytest
 
 import peers
 from blkferry.errors import Error
+from blkferry.exports.nbd import requests, turn
 from blkferry.testing.daemon import DaemonThread
+from blkferry.wire.nbd.constants import CmdFlag
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "integration"))
 import qsd
@@ -121,7 +123,7 @@ def test_a_refused_transaction_changes_nothing(tmp_path):
         assert (after["new"]["count"], after["old"]["count"], after["old"]["recording"]) == (65536, 0, False)
 
 
-@pytest.mark.parametrize("kind", ["qcow2", "raw", "file", "below", "direct"])
+@pytest.mark.parametrize("kind", ["qcow2", "raw", "window", "file", "below", "direct"])
 @pytest.mark.parametrize("granularity", [512, 4096, 65536, MIB])
 def test_every_change_is_covered(tmp_path, kind, granularity):
     """Through one export: in place, allocating, zeroes, discards; before and after clearing."""
@@ -134,10 +136,15 @@ def test_every_change_is_covered(tmp_path, kind, granularity):
             daemon.execute("blockdev-add", driver="qcow2", node_name="n", file="f", discard="unmap")
             watched = "n" if kind == "qcow2" else "f"
         else:
-            (tmp_path / "a").write_bytes(bytes(size))
+            (tmp_path / "a").write_bytes(bytes(size + 8192))
             file = {"driver": "file", "filename": str(tmp_path / "a"), "discard": "unmap"}
             if kind == "raw":
-                daemon.execute("blockdev-add", driver="raw", node_name="n", file=file, discard="unmap")
+                daemon.execute("blockdev-add", driver="raw", node_name="n", file=file, discard="unmap", size=size)
+            elif kind == "window":
+                daemon.execute("blockdev-add", node_name="f", **file)
+                daemon.execute("blockdev-add", driver="raw", node_name="n", file="f", offset=2560, size=size)
+                daemon.execute("block-dirty-bitmap-add", node="n", name="upper", granularity=32768)
+                watched = "f"
             else:
                 cache = {"direct": kind == "direct"}
                 daemon.execute("blockdev-add", node_name="n", cache=cache, **file)
@@ -157,7 +164,7 @@ def test_every_change_is_covered(tmp_path, kind, granularity):
                 elif step % 7 == 6:
                     client.trim(at, length)
                 else:
-                    client.write(at, bytes([rng.randrange(1, 256)]) * length)
+                    client.write(at, bytes([rng.randrange(1, 256)]) * length, CmdFlag.FUA if step % 3 == 0 else 0)
                 if step in (40, 80):
                     client.flush()
                     daemon.execute("block-dirty-bitmap-clear", node=watched, name="b")
@@ -171,6 +178,30 @@ def test_every_change_is_covered(tmp_path, kind, granularity):
         for start, end in [*marked, (len(now), len(now))]:
             assert was[at:start] == now[at:start], f"an unmarked change between {at} and {start}"
             at = end
+
+
+@pytest.mark.parametrize("length", [4096, 70000, 6 * MIB])
+@pytest.mark.parametrize("flags", [0, CmdFlag.FUA])
+def test_a_write_that_begins_where_all_is_marked_is_marked_to_its_end(tmp_path, monkeypatch, length, flags):
+    """Of a raw image, where nobody but the export itself sees to that."""
+    for module in (turn, requests):
+        monkeypatch.setattr(module, "STALL_SECONDS", 60)  # or a slow machine's writes all go to the engine
+    (tmp_path / "a").write_bytes(bytes(8 * MIB))
+    with DaemonThread() as daemon:
+        daemon.execute("blockdev-add", driver="file", node_name="n", filename=str(tmp_path / "a"))
+        for name, granularity in (("b", 4096), ("wider", MIB)):
+            daemon.execute("block-dirty-bitmap-add", node="n", name=name, granularity=granularity)
+        for name in ("e", "f"):
+            daemon.export("n", name=name, export_id=name, writable=True)
+        with daemon.client("e") as client, daemon.client("f") as other:
+            client.write(65536, b"x" * 8192)
+            client.write(65536 + 8191, b"y" * length, flags)
+            assert dirty(daemon, "b") == [(65536, (65536 + 8191 + length + 4095) // 4096 * 4096)]
+            other.write(65536, b"x", flags)
+            daemon.execute("block-dirty-bitmap-clear", node="n", name="b")
+            for each, at in ((client, 65536), (other, 0), (client, 8192), (other, 65537)):
+                each.write(at, b"z", flags)
+            assert dirty(daemon, "b") == [(0, 4096), (8192, 12288), (65536, 65536 + 4096)]
 
 
 def test_only_what_was_written_is_marked(tmp_path):

@@ -327,6 +327,36 @@ def test_credentials_are_replaced_while_we_serve(daemon, certificates):
         nbdinfo(port, certificates / "client", expect=1)  # it does not call itself localhost any more
 
 
+@pytest.mark.parametrize("weaker", [{"verify_peer": False}, {"qom_type": "tls-creds-psk"}])
+def test_credentials_that_let_in_more_people_replace_nothing(daemon, certificates, weaker, caplog):
+    port = serve(daemon, "x509", certificates / "server")
+    daemon.execute("object-del", id="t")
+    directory = certificates / ("keys" if "qom_type" in weaker else "server")
+    options = {"qom_type": "tls-creds-x509", "id": "t", "endpoint": "server", "dir": str(directory)}
+    daemon.execute("object-add", **options | weaker)
+    nbdinfo(port, certificates / "nobody", expect=1)
+    nbdinfo(port, certificates / "client")
+    assert logged(caplog, "object 't' does not fit its NBD server")
+
+
+def test_a_connection_moves_between_loops_under_traffic(daemon, certificates, tmp_path):
+    port = serve(daemon, "x509", certificates / "server")
+    for name in ("io0", "io1"):
+        daemon.execute("object-add", qom_type="iothread", id=name)
+    command = [*peers.peer("nbdcopy"), "--connections=1", uri(port, certificates / "client"), str(tmp_path / "copy")]
+    moves = 0
+    for _ in range(3):
+        copying = subprocess.Popen(command)
+        while copying.poll() is None:
+            options = {"type": "nbd", "id": "moving", "name": "moving", "node_name": "n", "iothread": f"io{moves % 2}"}
+            daemon.execute("block-export-add", **options)
+            daemon.execute("block-export-del", id="moving")
+            moves += 1
+        assert copying.returncode == 0
+        assert (tmp_path / "copy").read_bytes() == CONTENT
+    assert moves > 3
+
+
 def test_a_handshake_that_does_not_go_on_stops_nobody(daemon, certificates):
     port = serve(daemon, "x509", certificates / "server")
     hanging = []

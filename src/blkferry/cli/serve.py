@@ -18,10 +18,11 @@ from blkferry.cli.ready import Offer, announce, write_json, write_uris
 from blkferry.daemon import images
 from blkferry.daemon.commands.char import chardev_add
 from blkferry.daemon.daemon import Daemon
-from blkferry.daemon.imaging.names import ImageName, about
+from blkferry.daemon.imaging.names import ImageName, about, add_credentials
 from blkferry.daemon.listener import Listener
 from blkferry.daemon.run import run
 from blkferry.errors import Error, ErrorKind
+from blkferry.graph.remote import location_of
 from blkferry.schema.char import ChardevAdd, ChardevSocket
 from blkferry.schema.control import MonitorOptions
 from blkferry.schema.export import BlockExportOptionsNbd
@@ -30,7 +31,7 @@ from blkferry.schema.qom import ObjectOptions
 from blkferry.schema.sockets import SocketAddress, SocketAddressFd, SocketAddressInet, SocketAddressUnix
 from blkferry.schema.visit import visit
 from blkferry.sockets import descriptors
-from blkferry.wire.nbd.uri import DEFAULT_PORT
+from blkferry.wire.nbd.uri import DEFAULT_PORT, is_uri
 
 QMP = "qmp"
 TLS = "tls"
@@ -108,7 +109,7 @@ def serve_images(request: Request, speech: Speech) -> None:
                 write_uris(offers)
             case Speech.PROSE:
                 announce(offers)
-                _caution(request, offers)
+                _caution(offers)
 
     talkative = speech is Speech.PROSE and sys.stderr.isatty()
 
@@ -124,7 +125,7 @@ def serve_images(request: Request, speech: Speech) -> None:
 
 def default_names(given: tuple[str, ...]) -> tuple[str, ...]:
     """The name of each image's export. Raises Error(EXISTS) when two have the same."""
-    names = tuple("memory" if each.startswith(images.MEMORY) else os.path.basename(each.rstrip("/")) for each in given)
+    names = tuple(map(_default_name, given))
     name, count = Counter(names).most_common(1)[0]
     if count > 1:
         raise Error(
@@ -133,6 +134,14 @@ def default_names(given: tuple[str, ...]) -> tuple[str, ...]:
             hint=f"Name them: --name for each of the {len(given)} images, in their order.",
         )
     return names
+
+
+def _default_name(image: str) -> str:
+    if image.startswith(images.MEMORY):
+        return "memory"
+    if is_uri(image):
+        return location_of(image).export or "nbd"
+    return os.path.basename(image.rstrip("/"))
 
 
 async def _offer(daemon: Daemon, request: Request, names: tuple[str, ...]) -> list[Offer]:
@@ -181,6 +190,7 @@ async def _add_security(daemon: Daemon, request: Request) -> None:
 async def _open(daemon: Daemon, request: Request, number: int, image: str) -> str:
     """Open an image as a node and return its name."""
     in_memory = image.startswith(images.MEMORY)
+    await add_credentials(daemon, image)
     options = images.options_for(
         image,
         f"disk{number}",
@@ -251,10 +261,10 @@ def _as_clients_see(address: SocketAddress) -> SocketAddress:
     return address
 
 
-def _caution(request: Request, offers: Sequence[Offer]) -> None:
+def _caution(offers: Sequence[Offer]) -> None:
     exposed = {address.host for address in offers[0].addresses if isinstance(address, SocketAddressInet)}
-    if request.tls is None and not all(host.startswith(_HERE) for host in exposed):
-        may = "read and write" if request.writable else "read"
+    if not offers[0].tls and not all(host.startswith(_HERE) for host in exposed):
+        may = "read and write" if any(offer.writable for offer in offers) else "read"
         _warn(f"anybody who reaches this port may {may} these images: nothing is encrypted or asks for a password")
 
 

@@ -20,6 +20,7 @@ from blkferry.daemon import commands, images
 from blkferry.daemon.chardev import Chardev
 from blkferry.daemon.disk import Disk
 from blkferry.daemon.exports import Exports
+from blkferry.daemon.imaging.names import add_credentials
 from blkferry.daemon.listener import Listener
 from blkferry.daemon.monitor import Monitor
 from blkferry.daemon.nbd_servers import NbdServers
@@ -187,12 +188,13 @@ class Daemon:
         direct: bool = False,
         node_name: str | None = None,
     ) -> Disk:
-        """Open an image (a path, a block device, or "memory:1G") as a node, and hold it.
+        """Open an image (a path, a block device, an NBD URI, or "memory:1G") as a node, and hold it.
 
         `direct` bypasses the page cache. The format is what the image looks like unless `image_format` says it. An
         encrypted image takes the daemon's secret, if there is one only. Raises Error.
         """
         name = node_name or self._free_name("disk", self.graph.nodes)
+        await add_credentials(self, os.fspath(image))
         node = await self.graph.add(
             images.options_for(
                 os.fspath(image),

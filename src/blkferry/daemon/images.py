@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from blkferry.daemon.imaging.names import RAW, ImageName, check_format, options_of, with_key
 from blkferry.errors import Error, ErrorKind
 from blkferry.graph import filename
+from blkferry.graph.remote import remote_options
 from blkferry.schema.block import BlockdevOptions
 from blkferry.schema.visit import visit
 from blkferry.units import parse_size
-from blkferry.wire.nbd.uri import is_uri, parse_uri
+from blkferry.wire.nbd.uri import is_uri
 
 if TYPE_CHECKING:
     from blkferry.daemon.daemon import Daemon
@@ -35,7 +36,8 @@ def options_for(
 ) -> BlockdevOptions:
     """The options of a node for `image`. Raises Error with what is wrong with it and what to do.
 
-    An encrypted image is opened with the secret of the daemon `secrets_of`, if that has just one.
+    An encrypted image is opened with the secret of the daemon `secrets_of`, if that has just one. The credentials of a
+    URI with TLS are expected to be there (`names.add_credentials`).
     """
     options: dict[str, Any]
     if image.startswith(MEMORY):
@@ -65,16 +67,7 @@ def _file_options(image: str, image_format: str | None, *, writable: bool, secre
 
 def _remote_options(image: str, image_format: str | None, *, writable: bool) -> dict[str, Any]:
     """What an NBD URI means: raw, unless a format is asked for, for nothing is read to find out."""
-    try:
-        location = parse_uri(image)
-    except ValueError as error:
-        raise Error(ErrorKind.INVALID_ARGUMENT, f"'{image}': {error}", hint="Like nbd://host/name.") from error
-    server: dict[str, Any] = {"type": "unix", "path": location.socket}
-    if location.kind == "tcp":
-        server = {"type": "inet", "host": location.host, "port": str(location.port)}
-    elif location.kind == "vsock":
-        server = {"type": "vsock", "cid": location.host, "port": str(location.port)}
-    options: dict[str, Any] = {"driver": "nbd", "server": server, "export": location.export, "read-only": not writable}
+    options = {**remote_options(image), "read-only": not writable}
     if image_format in (None, RAW):
         return options
     check_format(image_format)

@@ -19,8 +19,9 @@ from blkferry.graph.graph import well_formed
 from blkferry.objects.authz import Authz
 from blkferry.objects.tls import TlsCreds
 from blkferry.schema.export import NbdServerInfo, NbdServerOptionsBase
-from blkferry.schema.sockets import SocketAddress, SocketAddressInet, SocketAddressUnix
-from blkferry.wire.nbd.uri import tcp_uri, unix_uri
+from blkferry.schema.sockets import SocketAddress, SocketAddressInet, SocketAddressUnix, SocketAddressVsock
+from blkferry.sockets import names
+from blkferry.wire.nbd.uri import tcp_uri, unix_uri, vsock_uri
 
 if TYPE_CHECKING:
     from blkferry.daemon.daemon import Daemon
@@ -183,7 +184,10 @@ class _Newest:
     def get(self) -> TlsCreds:
         found = self._daemon.objects.get(self._creds.id)
         if found is not self._creds and isinstance(found, TlsCreds):
-            if found.endpoint == self._creds.endpoint and found.is_x509 == self._creds.is_x509:
+            before = self._creds
+            if (found.endpoint, found.is_x509) == (before.endpoint, before.is_x509) and (
+                found.verify_peer or not before.verify_peer  # else they would let in who was not to be let in
+            ):
                 self._creds = found
             else:
                 log.warning("object '%s' does not fit its NBD server: the one before it stays in use", found.id)
@@ -212,4 +216,7 @@ def uri_of(address: SocketAddress, export: str, *, tls: bool = False) -> str | N
             return tcp_uri(address.host, int(address.port), export, tls=tls)
         case SocketAddressUnix(abstract=False):
             return unix_uri(address.path, export, tls=tls)
+        case SocketAddressVsock():
+            cid, port = names.vsock_numbers(address)
+            return vsock_uri(names.local_cid() if cid == names.MAX_UINT32 else cid, port, export, tls=tls)
     return None

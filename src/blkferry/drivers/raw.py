@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from blkferry.errors import Error, ErrorKind
 from blkferry.extent import Content, Effort, Extent
+from blkferry.graph import access
 from blkferry.graph.graph import Opening
 from blkferry.graph.node import Node
 from blkferry.graph.reopen import Reopening
@@ -67,6 +68,12 @@ class Raw(Node):
     def lookup(self, start: int, length: int, effort: Effort) -> list[Extent] | None:
         del effort
         return [Extent(start, length, Content.DATA, start + self._offset, "file", in_place=True)]
+
+    async def write(self, start: int, view: memoryview) -> None:
+        await access.write(self.children["file"].node, start + self._offset, view)
+
+    def write_now(self, start: int, view: memoryview) -> bool:
+        return access.write_now(self.children["file"].node, start + self._offset, view)
 
     async def resize(self, length: int) -> None:
         if self.options.size is not None:

@@ -61,24 +61,38 @@ class Miss(NamedTuple):
         await self.node.load(self.start, self.length)
 
 
-def resolve(node: Node, start: int, length: int, effort: Effort) -> list[Run] | Miss:
+def resolve(
+    node: Node, start: int, length: int, effort: Effort, to_mark: list[tuple[Node, int]] | None = None
+) -> list[Run] | Miss:
     """Runs from `start`, over `length` bytes at most, or what has to be loaded before the first can be told.
 
     Nothing is to be overwritten in place that a bitmap of a node on the way has yet to mark: that node is the writer.
+    Who gives `to_mark` takes care of that himself: in it he finds the nodes on the way that record, and what the
+    beginning of each stretch that was looked up is there.
     """
-    marked = True
-    if node.dirty_bitmaps:
-        if effort is Effort.PLACE:
-            length, marked = node.marked_stretch(start, length)
-        else:
-            marked = not node.recording
+    if to_mark is not None:
+        if node.recording:
+            to_mark.append((node, start))
+        return _resolve(node, start, length, effort, to_mark)
     found = _resolve(node, start, length, effort)
-    if marked or isinstance(found, Miss):
+    if not node.dirty_bitmaps or isinstance(found, Miss) or not any(run.in_place for run in found):
+        return found  # of what is not in place this node is the writer anyway
+    if effort is Effort.PLACE:
+        alike, marked = node.marked_stretch(start, length)
+        if alike < length:
+            again = _resolve(node, start, alike, effort)
+            assert not isinstance(again, Miss)  # the lookup before began at the same place
+            found = again
+    else:
+        marked = not node.recording
+    if marked:
         return found
     return [run._replace(in_place=False, writer=node, writer_offset=run.start) for run in found]
 
 
-def _resolve(node: Node, start: int, length: int, effort: Effort) -> list[Run] | Miss:
+def _resolve(
+    node: Node, start: int, length: int, effort: Effort, to_mark: list[tuple[Node, int]] | None = None
+) -> list[Run] | Miss:
     extents = node.lookup(start, length, effort)
     if extents is None:
         return Miss(node, start, length)
@@ -86,10 +100,11 @@ def _resolve(node: Node, start: int, length: int, effort: Effort) -> list[Run] |
     for extent in extents:
         at, run_length, content, offset, child, in_place, allocated, settled = extent
         if content is Content.DATA and child is not None:
-            below = resolve(node.children[child].node, offset, run_length, Effort.PLACE if settled else effort)
+            child_node = node.children[child].node
+            below = resolve(child_node, offset, run_length, Effort.PLACE if settled else effort, to_mark)
             shift, depth = at - offset, 0
         elif content is Content.BELOW:
-            below = _resolve_backing(node, at, run_length, effort)
+            below = _resolve_backing(node, at, run_length, effort, to_mark)
             shift, depth = 0, 1
         else:
             storage = node.storage if content is Content.DATA else None
@@ -113,13 +128,15 @@ def _resolve(node: Node, start: int, length: int, effort: Effort) -> list[Run] |
     return runs
 
 
-def _resolve_backing(node: Node, start: int, length: int, effort: Effort) -> list[Run] | Miss:
+def _resolve_backing(
+    node: Node, start: int, length: int, effort: Effort, to_mark: list[tuple[Node, int]] | None
+) -> list[Run] | Miss:
     """What shows through from the backing child; behind its end there are zeroes."""
     edge = node.children.get(BACKING)
     available = edge.node.length - start if edge is not None else 0
     if edge is None or available <= 0:
         return [Run(start, length, Content.ZERO, node, start, None, False, False, node, start)]
-    return resolve(edge.node, start, min(length, available), effort)
+    return resolve(edge.node, start, min(length, available), effort, to_mark)
 
 
 async def load_runs(node: Node, start: int, length: int, effort: Effort = Effort.PLACE) -> list[Run]:

@@ -197,6 +197,35 @@ class DirtyBitmap:
             self.bits += bytes(wanted - len(self.bits))
 
 
+def mark_recording(node: Node, start: int, end: int) -> int:
+    """Mark a range (more than nothing, inside the node) in all that record; 0 if it was news to none of them.
+
+    Otherwise the largest granularity of those to which it was. Every write that allocates comes here, so what is
+    commonest, a range within one granule, is done without a call.
+    """
+    widest = 0
+    for bitmap in node.dirty_bitmaps.values():
+        if not bitmap.enabled:
+            continue
+        if bitmap.size != node.length:
+            node.fit_bitmaps()
+        shift = bitmap.granularity_bits
+        first = start >> shift
+        if (end - 1) >> shift == first:
+            bits, where, bit = bitmap.bits, first >> 3, 1 << (first & 7)
+            if bits[where] & bit:
+                continue
+            bits[where] |= bit
+            bitmap.changed = True
+        elif bitmap.covers(start, end):
+            continue
+        else:
+            bitmap.mark(start, end)
+        if shift > widest:  # noqa: PLR1730 - a call of max would be a fifth of all this
+            widest = shift
+    return 1 << widest if widest else 0
+
+
 def find_bitmap(node: Node, name: str) -> DirtyBitmap:
     """The bitmap of this name that the node itself has. Raises Error if there is none."""
     bitmap = node.dirty_bitmaps.get(name)

@@ -1,11 +1,14 @@
-"""From what an image (or a person) calls another image to the options of a node: a path, "file:path" or "json:{...}".
+"""From what an image (or a person) calls another image to the options of a node: a path, "file:path", an NBD URI or
+"json:{...}".
 
-What an image names is opened only as what it says it is, from plain paths. A format that is not named is probed, and
+What an image names is opened only as what it says it is, from plain paths: an image that connects whoever opens it to
+a server would be a way into their network, so only people may name servers. A format that is not named is probed, and
 said to be a guess: a raw disk whose guest wrote the header of a container into it would be opened as that container.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -15,8 +18,10 @@ from typing import Any
 
 from blkferry.errors import Error, ErrorKind
 from blkferry.graph import registry
+from blkferry.graph.remote import credentials_for, remote_options
 from blkferry.schema.block import BlockdevOptions
 from blkferry.schema.visit import visit
+from blkferry.wire.nbd.uri import is_uri
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +63,9 @@ def protocol_of(path: str) -> str:
 
 
 def full_path(name: str, named_by: str) -> str:
-    """The path that `name` means within an image at `named_by`: relative names begin in that image's directory."""
+    """What `name` means within an image at `named_by`: relative paths begin in that image's directory."""
+    if name.startswith(JSON) or is_uri(name):
+        return name
     plain = name.removeprefix("file:")
     if os.path.isabs(plain) or not os.path.dirname(named_by):
         return plain
@@ -68,10 +75,15 @@ def full_path(name: str, named_by: str) -> str:
 def options_for(name: str, image_format: str | None, *, named_by: str = "", read_only: bool = True) -> BlockdevOptions:
     """The options of the node for an image that is called `name` in the image at `named_by`.
 
-    Blocking: call it in a thread. Raises Error.
+    Without a format, what a URI names is raw: nothing is read from the server to find out. Blocking: call it in a
+    thread. Raises Error.
     """
-    if name.startswith(JSON):
-        options = _from_json(name)
+    if named_by:
+        refuse_remote(name, image_format, named_by)
+    if name.startswith(JSON) or is_uri(name):
+        options = _from_json(name) if name.startswith(JSON) else remote_options(name)
+        if image_format is None and is_uri(name):
+            image_format = "raw"
         if image_format is not None and options.get("driver") != image_format:
             options = {"driver": image_format, "file": options}
         return visit(BlockdevOptions, {**options, "read-only": read_only})
@@ -91,6 +103,38 @@ def options_for(name: str, image_format: str | None, *, named_by: str = "", read
         BlockdevOptions,
         {"driver": image_format, "read-only": read_only, "file": {"driver": driver, "filename": path}},
     )
+
+
+def refuse_remote(name: str, image_format: str | None, named_by: str) -> None:
+    """Raise Error(DENIED) if `name`, which the image at `named_by` gives its backing file, is a server's export."""
+    options = _from_json(name) if name.startswith(JSON) else remote_options(name) if is_uri(name) else {}
+    if not _connects(options):
+        return
+    if image_format is not None and options.get("driver") != image_format:
+        options = {"driver": image_format, "file": options}
+    wanted = f'"backing": {json.dumps(options)}'
+    with contextlib.suppress(OSError):
+        top = {"driver": probe(named_by), "file": {"driver": "file", "filename": named_by}, "backing": options}
+        wanted = JSON + json.dumps(top)
+    if is_uri(name) and (credentials := credentials_for(name)) is not None:
+        wanted += ", with --object " + ",".join(f"{key}={value}" for key, value in credentials.items())
+    raise Error(
+        ErrorKind.DENIED,
+        f"The image '{named_by}' names a server: '{name}'",
+        hint=f"Images may not connect us to servers. If you want this one, name it yourself: {wanted}",
+    )
+
+
+def _connects(options: object) -> bool:
+    """Whether these options, or any within them, are of a node that is a client."""
+    found = [options]
+    while found:
+        match found.pop():
+            case {"driver": "nbd"}:
+                return True
+            case dict() as inner:
+                found += inner.values()
+    return False
 
 
 def _from_json(name: str) -> dict[str, Any]:

@@ -156,6 +156,7 @@ class Graph:
         self.emit = emit  # to be called from any thread
         self.nodes: dict[str, Node] = {}
         self.users: list[TreeUser] = []
+        self._standing: list[TreeUser] = []  # those who stand still in `drained`
         self._numbers = itertools.count(1)
         self.secret: Callable[[str], bytes] = _no_secret  # what the secret of this id keeps; the daemon sets it
         self.client_tls: ClientTls = _no_credentials  # likewise
@@ -315,17 +316,22 @@ class Graph:
 
     @asynccontextmanager
     async def drained(self, nodes: set[Node]) -> AsyncIterator[None]:
-        """Nothing is in flight on any of these nodes, which are whole trees, and nothing begins."""
+        """Nothing is in flight on any of these nodes, which are whole trees, and nothing begins.
+
+        Within such a block there may be others: who stands still goes on at the end of the outermost.
+        """
         paused: list[TreeUser] = []
         try:
-            for user in list(self.users_of(nodes)):
+            for user in [each for each in self.users_of(nodes) if each not in self._standing]:
                 await user.pause()
                 paused.append(user)
+                self._standing.append(user)
             for member in nodes:
                 await member.services.run(member.pause())
             yield
         finally:
             for user in paused:
+                self._standing.remove(user)
                 await user.resume()
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from blkferry.errors import Error, ErrorKind
 from blkferry.extent import Content, Effort, Extent
+from blkferry.graph.bitmaps import mark_recording
 from blkferry.graph.permissions import Edge, Permission
 from blkferry.plane.drain import Uses
 from blkferry.schema.block import (
@@ -152,22 +153,21 @@ class Node:
         """
         if not self.dirty_bitmaps or start >= (end := min(end, self.length)):
             return False
-        news = [bitmap for bitmap in self.recording if not bitmap.covers(start, end)]
-        for bitmap in news:
-            bitmap.mark(start, end)
-        if news:
-            granule = max(bitmap.granularity for bitmap in news)
+        granule = mark_recording(self, start, end)
+        if granule:
             self.retire(align_down(start, granule), min(align_up(end, granule), self.length))
-        return bool(news)
+        return granule > 0
 
     def marked_stretch(self, start: int, length: int) -> tuple[int, bool]:
         """How many bytes from `start` on, up to `length`, are alike, and whether all that records has them marked."""
         end, marked = min(start + length, self.length), True
+        if start >= end:
+            return length, True
         for bitmap in self.recording:
-            if start < end:
+            if not bitmap.covers(start, end):
                 found, dirty = next(bitmap.runs(start, end))
                 end, marked = start + found, marked and dirty
-        return (end - start, marked) if start < end else (length, marked)
+        return end - start, marked
 
     # Bytes only the driver can produce -------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ import enum
 from typing import Annotated, Literal
 
 from blkferry.schema.qapi import Command, Doc, Named, Struct, Uint32, branch, union
+from blkferry.schema.snapshot import BlockdevSnapshot, BlockdevSnapshotInternal, BlockdevSnapshotSync
 
 UNSTABLE = "unstable"
 
@@ -114,6 +115,30 @@ class MergeBitmapAction(TransactionAction):
 
     type: Literal["block-dirty-bitmap-merge"] = "block-dirty-bitmap-merge"
     data: Annotated[BlockDirtyBitmapMerge, Doc("its arguments", since="4.0")]
+
+
+@branch
+class SnapshotAction(TransactionAction):
+    """blockdev-snapshot in a transaction."""
+
+    type: Literal["blockdev-snapshot"] = "blockdev-snapshot"
+    data: Annotated[BlockdevSnapshot, Doc("its arguments", since="2.5")]
+
+
+@branch
+class SnapshotInternalAction(TransactionAction):
+    """blockdev-snapshot-internal-sync in a transaction."""
+
+    type: Literal["blockdev-snapshot-internal-sync"] = "blockdev-snapshot-internal-sync"
+    data: Annotated[BlockdevSnapshotInternal, Doc("its arguments", since="1.7")]
+
+
+@branch
+class SnapshotSyncAction(TransactionAction):
+    """blockdev-snapshot-sync in a transaction."""
+
+    type: Literal["blockdev-snapshot-sync"] = "blockdev-snapshot-sync"
+    data: Annotated[BlockdevSnapshotSync, Doc("its arguments", since="1.1")]
 
 
 class ActionCompletionMode(enum.StrEnum):

@@ -5,9 +5,12 @@ Opens no socket; only `look_up` may ask a name server, and blocks meanwhile.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import re
 import socket
+import sys
 
 from blkferry.errors import Error, ErrorKind
 from blkferry.schema.sockets import SocketAddressInet, SocketAddressUnix, SocketAddressVsock
@@ -103,6 +106,17 @@ def _encode(path: str) -> bytes:
 def vsock_numbers(address: SocketAddressVsock) -> tuple[int, int]:
     """Return context id and port."""
     return _uint32("cid", address.cid), _uint32("port", address.port)
+
+
+def local_cid() -> int:
+    """The context id of this machine, by which others reach it; where nothing tells, the one that guests have for
+    their host.
+    """
+    with contextlib.suppress(OSError), open("/dev/vsock", "rb", buffering=0) as device:
+        cid = int.from_bytes(fcntl.ioctl(device, socket.IOCTL_VM_SOCKETS_GET_LOCAL_CID, bytes(4)), sys.byteorder)
+        if cid != socket.VMADDR_CID_ANY:
+            return cid
+    return socket.VMADDR_CID_HOST
 
 
 def _uint32(what: str, text: str) -> int:

@@ -122,6 +122,31 @@ def test_names_are_those_of_the_files():
     assert default_names(("/x/a.img", "b", "memory:1G", "/dev/sdb")) == ("a.img", "b", "memory", "sdb")
 
 
+@pytest.mark.parametrize(
+    ("uri", "name"),
+    [
+        ("nbd+unix:///?socket=/tmp/s", "nbd"),
+        ("nbd+unix:///a%20b?socket=/tmp/s", "a b"),
+        ("nbd://host", "nbd"),
+        ("nbd://host:1/dir/disk", "dir/disk"),
+    ],
+)
+def test_the_export_of_a_uri_keeps_its_name(uri, name):
+    assert default_names((uri,)) == (name,)
+
+
+def test_a_uri_that_is_none_is_a_sentence():
+    with pytest.raises(Error, match="'nbd://host:x/': "):
+        default_names(("nbd://host:x/",))
+
+
+@pytest.mark.parametrize(("writable", "may"), [(False, "may read these"), (True, "may read and write these")])
+def test_the_warning_goes_by_what_the_exports_are(capsys, writable, may):
+    address = SocketAddressInet(host="192.0.2.1", port="10809")
+    serving._caution([Offer("a", "a", 512, False, (address,)), Offer("m", "memory:1M", 1 << 20, writable, (address,))])
+    assert may in capsys.readouterr().err
+
+
 def test_names_that_clash_are_refused():
     with pytest.raises(Error, match="2 images would be exported as 'a'") as caught:
         default_names(("x/a", "b", "y/a"))

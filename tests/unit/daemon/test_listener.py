@@ -1,12 +1,15 @@
+import contextlib
 import errno
 import os
 import socket
 import stat
+import sys
 
 import pytest
 
 from blkferry.daemon import listener as module
 from blkferry.daemon.listener import Listener, describe, listen
+from blkferry.daemon.nbd_servers import uri_of
 from blkferry.errors import Error, ErrorKind
 from blkferry.schema.sockets import (
     SocketAddress,
@@ -15,6 +18,7 @@ from blkferry.schema.sockets import (
     SocketAddressUnix,
     SocketAddressVsock,
 )
+from blkferry.sockets import names
 
 
 def has_ipv6() -> bool:
@@ -418,6 +422,22 @@ async def test_a_vsock_port():
     error = await refusal(SocketAddressVsock(cid="77", port="4294967295"))
     assert error.message == "Failed to bind socket: Cannot assign requested address"
     listener.close()
+
+
+@pytest.mark.parametrize(("told", "cid"), [(5, "5"), (0xFFFFFFFF, "2")])
+def test_a_vsock_wildcard_is_called_by_this_machines_cid(monkeypatch, told, cid):
+    monkeypatch.setattr(names, "open", lambda *_, **__: contextlib.nullcontext(), raising=False)
+    monkeypatch.setattr(names.fcntl, "ioctl", lambda *_: told.to_bytes(4, sys.byteorder))
+    assert uri_of(SocketAddressVsock(cid="4294967295", port="10809"), "a b") == f"nbd+vsock://{cid}/a%20b"
+    assert uri_of(SocketAddressVsock(cid="7", port="1"), "", tls=True) == "nbds+vsock://7:1/"
+
+
+def test_without_vsock_the_host_is_meant(monkeypatch):
+    def refuse(*_, **__):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(names, "open", refuse, raising=False)
+    assert uri_of(SocketAddressVsock(cid="4294967295", port="1"), "x") == "nbd+vsock://2:1/x"
 
 
 @pytest.mark.parametrize(("cid", "port", "what"), [("x", "1", "cid 'x'"), ("1", "", "port ''")])

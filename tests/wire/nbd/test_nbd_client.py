@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import struct
 
 import pytest
@@ -40,7 +41,7 @@ from blkferry.wire.nbd.constants import (
     RepError,
     TransmissionFlag,
 )
-from blkferry.wire.nbd.replies import Data, Failure, Hole, Replies, Reply, Status
+from blkferry.wire.nbd.replies import MAX_PARTS, MAX_STATUS_EXTENTS, Data, Failure, Hole, Replies, Reply, Status
 from blkferry.wire.nbd.transmission import (
     ProtocolError,
     Request,
@@ -268,6 +269,40 @@ def test_a_cookie_is_free_again_after_its_reply():
     assert stream.in_flight == 1
     with pytest.raises(AssertionError, match="in flight"):
         stream.expect(WRITE)
+
+
+@pytest.mark.parametrize("mode", CHUNKED)
+def test_what_is_remembered_of_a_read_does_not_grow_with_its_chunks(mode):
+    long = READ._replace(length=4 * MAX_PARTS)
+    chunks = [data_header(mode, long, long.offset + at, 1, done=False) + b"x" for at in range(long.length)]
+    assert len(replies(mode, long).receive(b"".join(chunks))) == long.length
+    assert len(replies(mode, long).receive(b"".join(reversed(chunks)))) == long.length
+    stream = replies(mode, long)
+    stream.receive(b"".join(chunks[: 2 * MAX_PARTS : 2]))
+    with pytest.raises(ProtocolError, match=f"more than {MAX_PARTS} scattered parts"):
+        stream.receive(chunks[2 * MAX_PARTS])
+
+
+@pytest.mark.parametrize("mode", CHUNKED)
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
+def test_parts_come_in_any_order_and_only_once(mode, order):
+    parts = [data_header(mode, READ, READ.offset + at * 256, 256, done=False) + bytes(256) for at in range(4)]
+    stream = replies(mode, READ)
+    for heard, number in enumerate(order):
+        stream.receive(parts[number])
+        for again in order[: heard + 1]:
+            copy = replies(mode, READ)
+            copy.receive(b"".join(parts[each] for each in order[: heard + 1]))
+            with pytest.raises(ProtocolError, match="repeats what was sent before"):
+                copy.receive(parts[again])
+    assert stream.receive(success_reply(mode, READ)) == [Reply(READ, True, None)]
+
+
+@pytest.mark.parametrize("mode", CHUNKED)
+def test_of_millions_of_extents_the_first_are_told(mode):
+    data = status_chunk(mode, STATUS, 0, [(1, 3)] * (MAX_STATUS_EXTENTS + 5), done=True)
+    (reply,) = replies(mode, STATUS).receive(data)
+    assert reply.content == Status(0, ((1, 3),) * MAX_STATUS_EXTENTS)
 
 
 S, X = Mode.STRUCTURED, Mode.EXTENDED

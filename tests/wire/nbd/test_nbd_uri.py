@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from blkferry.wire.nbd.uri import Location, is_uri, parse_uri, tcp_uri, unix_uri
+from blkferry.wire.nbd.uri import Location, Tls, is_uri, parse_uri, tcp_uri, unix_uri, vsock_uri
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,23 @@ from blkferry.wire.nbd.uri import Location, is_uri, parse_uri, tcp_uri, unix_uri
         ("nbd+unix:///n?socket=/a%3Fb", Location("unix", "n", socket="/a?b")),
         ("nbd+vsock://2:7/n", Location("vsock", "n", "2", 7)),
         (tcp_uri("::1", 10809, "a/b ?"), Location("tcp", "a/b ?", "::1")),
+        ("nbd+vsock:///n", Location("vsock", "n", "2")),
+        ("nbd+unix:///?socket=%00/abstract", Location("unix", "", socket="\0/abstract")),
+        ("nbds://host/n", Location("tcp", "n", "host", tls=Tls())),
+        (
+            "nbds://al%69ce@host:1/?tls-psk-file=/k%26",
+            Location("tcp", "", "host", 1, tls=Tls(psk_file="/k&", username="alice")),
+        ),
+        (
+            "nbds+unix:///n?tls-hostname=a.example&socket=/s&tls-certificates=/pki",
+            Location("unix", "n", socket="/s", tls=Tls(certificates="/pki", hostname="a.example")),
+        ),
+        ("nbds+unix://alice@/?socket=s", Location("unix", "", socket="s", tls=Tls(username="alice"))),
+        ("nbds+vsock://5/", Location("vsock", "", "5", tls=Tls())),
+        (tcp_uri("h", 1, "n", tls=True), Location("tcp", "n", "h", 1, tls=Tls())),
+        (unix_uri("/s", "n", tls=True), Location("unix", "n", socket="/s", tls=Tls())),
+        (vsock_uri(3, 10809, "a?b"), Location("vsock", "a?b", "3")),
+        (vsock_uri(3, 7, "a"), Location("vsock", "a", "3", 7)),
         (unix_uri("/a b&c", "ü"), Location("unix", "ü", socket="/a b&c")),
     ],
 )
@@ -27,7 +44,17 @@ def test_parse(text, location):
 @pytest.mark.parametrize(
     "text",
     [
-        "nbds://host/",
+        "nbds://host/?tls-certificates=",
+        "nbds://host/?tls-certificates=/c&tls-psk-file=/k",
+        "nbds://host/?tls-verify-peer=0",
+        "nbds://alice:secret@host/",
+        "nbds://host/#x",
+        "nbd://alice@host/",
+        "nbd://host/?tls-hostname=x",
+        "nbds+unix:///?tls-hostname=x",
+        "nbd+unix:///?socket=%00",
+        "nbd+unix:///?socket=%ff",
+        "nbd+vsock://٢/",
         "nbd+unix:///n",
         "nbd+unix://host/n?socket=/s",
         "nbd://host/?socket=/s",

@@ -45,8 +45,8 @@ def _info(facts: dict[str, Any]) -> Iterator[str]:
         yield f"    filename: {below['filename']}"
         yield f"    protocol type: {below['format']}"
         yield f"    file length: {_size(below['virtual-size'])}"
-        if (taken := below.get("actual-size")) is not None:
-            yield f"    disk size: {short_size(taken)}"
+        taken = below.get("actual-size")
+        yield f"    disk size: {short_size(taken) if taken is not None else 'unavailable'}"
 
 
 def _members(members: dict[str, Any], indent: str) -> Iterator[str]:

@@ -23,7 +23,7 @@ def command(name: str) -> Callable[[Handler], Handler]:
     return register
 
 
-from blkferry.daemon.commands import bitmap, block, char, control, export, job, objects, snapshot  # noqa: E402 - they register themselves
+from blkferry.daemon.commands import bitmap, block, char, control, export, job, objects, snapshot, transaction  # noqa: E402 - they register themselves
 
 __all__ = [
     "HANDLERS",
@@ -37,4 +37,5 @@ __all__ = [
     "job",
     "objects",
     "snapshot",
+    "transaction",
 ]

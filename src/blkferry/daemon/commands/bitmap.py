@@ -1,27 +1,19 @@
-"""Commands about dirty bitmaps, and transactions of them.
-
-A command is a transaction of one action. While one runs, nothing is in flight on the nodes concerned: no write is
-half on either side of it.
-"""
+"""What transactions (`transaction`) can do to dirty bitmaps, and the digest of one."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any, Final
 
 from blkferry.daemon.commands import command
 from blkferry.errors import Error, ErrorKind
 from blkferry.graph.bitmaps import DirtyBitmap, find_bitmap
 from blkferry.schema.bitmap import (
-    Abort,
     BlockDirtyBitmap,
     BlockDirtyBitmapAdd,
     BlockDirtyBitmapMerge,
     BlockDirtyBitmapSha256,
-    Transaction,
-    TransactionAction,
 )
 
 if TYPE_CHECKING:
@@ -156,13 +148,7 @@ def _merge(graph: Graph, wanted: BlockDirtyBitmapMerge) -> Undo:
     return undo
 
 
-def _abort(graph: Graph, wanted: Abort) -> Undo:
-    del graph, wanted
-    raise Error(ErrorKind.INVALID_ARGUMENT, "Transaction aborted using Abort action")
-
-
-_ACTIONS: Final[dict[str, Callable[[Graph, Any], Undo]]] = {
-    "abort": _abort,
+ACTIONS: Final[dict[str, Callable[[Graph, Any], Undo]]] = {
     "block-dirty-bitmap-add": _add,
     "block-dirty-bitmap-remove": _remove,
     "block-dirty-bitmap-clear": _clear,
@@ -171,67 +157,6 @@ _ACTIONS: Final[dict[str, Callable[[Graph, Any], Undo]]] = {
     "block-dirty-bitmap-merge": _merge,
 }
 """Each takes the data of its own action."""
-
-
-def _concerned(graph: Graph, data: object) -> set[Node]:
-    names = {data.node} if isinstance(data, BlockDirtyBitmap | BlockDirtyBitmapAdd | BlockDirtyBitmapMerge) else set()
-    if isinstance(data, BlockDirtyBitmapMerge):
-        names |= {each.node for each in data.bitmaps if not isinstance(each, str)}
-    return {graph.nodes[name] for name in names if name in graph.nodes}
-
-
-async def _execute(daemon: Daemon, actions: list[tuple[str, object]]) -> None:
-    """Do all of them or, when one is refused, none."""
-    graph = daemon.graph
-    async with graph.changing, AsyncExitStack() as stack:
-        nodes = set().union(*(_concerned(graph, data) for _, data in actions))
-        trees: set[Node] = set().union(*(graph.tree_of(node) for node in nodes))
-        await stack.enter_async_context(graph.drained(trees))
-        before = {node: dict(node.dirty_bitmaps) for node in nodes}
-        undo: list[Undo] = []
-        try:
-            for name, data in actions:
-                undo.append(_ACTIONS[name](graph, data))
-        except BaseException:
-            for each in reversed(undo):
-                each()
-            raise
-        finally:
-            for node in nodes:
-                await node.services.run(_looked_at_anew(node))
-        for node, had in before.items():
-            gone = [
-                name for name, bitmap in had.items() if bitmap.persistent and node.dirty_bitmaps.get(name) is not bitmap
-            ]
-            for name in gone:
-                try:
-                    await node.services.run(node.remove_stored_bitmap(name))
-                except OSError as error:
-                    raise Error.from_oserror(f"Failed to remove bitmap '{name}'", error, node=node.name) from error
-
-
-async def _looked_at_anew(node: Node) -> None:
-    node.retire()
-
-
-def _command(name: str) -> None:
-    @command(name)
-    async def execute(daemon: Daemon, arguments: object) -> None:
-        await _execute(daemon, [(name, arguments)])
-
-
-for _name in _ACTIONS:
-    if _name != "abort":
-        _command(_name)
-
-
-@command("transaction")
-async def transaction(daemon: Daemon, arguments: Transaction) -> None:
-    await _execute(daemon, [(action.type, _data(action)) for action in arguments.actions])
-
-
-def _data(action: TransactionAction) -> object:
-    return getattr(action, "data", None)
 
 
 @command("x-debug-block-dirty-bitmap-sha256")

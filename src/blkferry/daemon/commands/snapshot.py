@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from blkferry.daemon.commands import command
@@ -33,37 +34,48 @@ if TYPE_CHECKING:
     from blkferry.daemon.daemon import Daemon
     from blkferry.graph.graph import Graph
 
+log = logging.getLogger(__name__)
+
 # Overlays ------------------------------------------------------------------------------------------------------
 
 
-@command("blockdev-snapshot")
-async def blockdev_snapshot(daemon: Daemon, arguments: BlockdevSnapshot) -> None:
-    graph = daemon.graph
-    async with graph.changing:
-        base = graph.find(arguments.node, device=arguments.node)
-        refuse_backing(base)
-        overlay = graph.find(arguments.overlay, device=arguments.overlay)
-        await _put_on(graph, overlay, base)
-
-
-@command("blockdev-snapshot-sync")
-async def blockdev_snapshot_sync(daemon: Daemon, arguments: BlockdevSnapshotSync) -> None:
-    graph = daemon.graph
-    base = graph.find(arguments.node_name or "", device=arguments.device or "")
+async def put_on(graph: Graph, wanted: BlockdevSnapshot, stack: AsyncExitStack) -> Node:
+    """Put an overlay on the node that is returned; taken back when `stack` ends with an exception."""
+    base = graph.find(wanted.node, device=wanted.node)
     refuse_backing(base)
-    _check_overlay(graph, arguments)
-    if arguments.mode is not NewImageMode.EXISTING:
-        await _create_overlay(graph, base, arguments)
-    async with graph.changing:
-        if graph.nodes.get(base.name) is not base:
-            raise Error(ErrorKind.GONE, f"Node '{base.name}' was removed meanwhile", node=base.name)
-        refuse_backing(base)
-        overlay = await graph.open(_overlay_options(base, arguments), None)
-        try:
-            await _put_on(graph, overlay, base)
-        except BaseException:
-            await graph.close_node(overlay)
-            raise
+    overlay = graph.find(wanted.overlay, device=wanted.overlay)
+    await _append(graph, overlay, base, stack)
+    return base
+
+
+async def make_overlay(graph: Graph, wanted: BlockdevSnapshotSync) -> Node:
+    """Make the file of an overlay, if it is to be made. Returns the node that it is for."""
+    base = graph.find(wanted.node_name or "", device=wanted.device or "")
+    refuse_backing(base)
+    _check_overlay(graph, wanted)
+    if wanted.mode is not NewImageMode.EXISTING:
+        await _create_overlay(graph, base, wanted)
+    return base
+
+
+async def put_made_on(graph: Graph, wanted: BlockdevSnapshotSync, base: Node, stack: AsyncExitStack) -> Node:
+    """Open an overlay and put it on `base`; taken back when `stack` ends with an exception."""
+    if graph.nodes.get(base.name) is not base:
+        raise Error(ErrorKind.GONE, f"Node '{base.name}' was removed meanwhile", node=base.name)
+    refuse_backing(base)
+    overlay = await graph.open(_overlay_options(base, wanted), None)
+    await stack.enter_async_context(_closed_on_failure(graph, overlay))
+    await _append(graph, overlay, base, stack)
+    return base
+
+
+@asynccontextmanager
+async def _closed_on_failure(graph: Graph, node: Node) -> AsyncIterator[None]:
+    try:
+        yield
+    except BaseException:
+        await graph.close_node(node)
+        raise
 
 
 def _check_overlay(graph: Graph, arguments: BlockdevSnapshotSync) -> None:
@@ -110,8 +122,8 @@ def _overlay_options(base: Node, arguments: BlockdevSnapshotSync) -> BlockdevOpt
     return visit(BlockdevOptions, options)
 
 
-async def _put_on(graph: Graph, overlay: Node, base: Node) -> None:
-    """Append an overlay, with QEMU's checks in their order; the base is only read from then on."""
+async def _append(graph: Graph, overlay: Node, base: Node, stack: AsyncExitStack) -> None:
+    """Append an overlay, with QEMU's checks in their order."""
     used, _ = cumulative(overlay)
     if used & Permission.CONSISTENT_READ:
         raise Error(
@@ -129,7 +141,12 @@ async def _put_on(graph: Graph, overlay: Node, base: Node) -> None:
         )
     if not overlay.supports_backing:
         raise Error(ErrorKind.UNSUPPORTED, "The overlay does not support backing images", hint="Use a qcow2 node.")
+    await stack.enter_async_context(changes.undone_on_failure(graph.tree_of(base) | graph.tree_of(overlay)))
     await changes.append(graph, overlay, base)
+
+
+async def let_only_read(graph: Graph, base: Node) -> None:
+    """Open an image that has got an overlay read-only, where that can be."""
     if not base.read_only:
         with suppress(Error):  # somebody else may still write to it, as before
             await set_read_only(graph, base, read_only=True)
@@ -138,22 +155,35 @@ async def _put_on(graph: Graph, overlay: Node, base: Node) -> None:
 # Snapshots inside images ---------------------------------------------------------------------------------------
 
 
-@command("blockdev-snapshot-internal-sync")
-async def blockdev_snapshot_internal_sync(daemon: Daemon, arguments: BlockdevSnapshotInternal) -> None:
-    async with daemon.graph.changing:
-        node = _top(daemon.graph, arguments.device)
-        if node.read_only:
-            raise Error(ErrorKind.DENIED, f"Device '{arguments.device}' is read only", node=node.name)
-        if node.supports_snapshots:
-            if not arguments.name:
-                raise Error(ErrorKind.INVALID_ARGUMENT, "Name is empty")
-            if any(snapshot.name == arguments.name for snapshot in node.image_info().snapshots or []):
-                raise Error(
-                    ErrorKind.EXISTS,
-                    f"Snapshot with name '{arguments.name}' already exists on device '{arguments.device}'",
-                )
-        async with _writing(daemon.graph, node, "blockdev-snapshot-internal-sync"):
-            await node.services.run(node.snapshot_create(arguments.name))
+async def make_internal(graph: Graph, wanted: BlockdevSnapshotInternal, stack: AsyncExitStack) -> None:
+    """Make a snapshot inside an image; deleted again when `stack` ends with an exception."""
+    node = _top(graph, wanted.device)
+    if node.read_only:
+        raise Error(ErrorKind.DENIED, f"Device '{wanted.device}' is read only", node=node.name)
+    if node.supports_snapshots:
+        if not wanted.name:
+            raise Error(ErrorKind.INVALID_ARGUMENT, "Name is empty")
+        if any(snapshot.name == wanted.name for snapshot in node.image_info().snapshots or []):
+            raise Error(
+                ErrorKind.EXISTS,
+                f"Snapshot with name '{wanted.name}' already exists on device '{wanted.device}'",
+            )
+    async with _writing(graph, node, "blockdev-snapshot-internal-sync"):
+        await node.services.run(node.snapshot_create(wanted.name))
+    await stack.enter_async_context(_deleted_on_failure(graph, node, wanted.name))
+
+
+@asynccontextmanager
+async def _deleted_on_failure(graph: Graph, node: Node, name: str) -> AsyncIterator[None]:
+    try:
+        yield
+    except BaseException:
+        try:
+            async with _writing(graph, node, "blockdev-snapshot-internal-sync"):
+                await node.services.run(node.snapshot_delete(None, name))
+        except (Error, OSError):
+            log.exception("snapshot '%s' of node '%s' could not be deleted again", name, node.name)
+        raise
 
 
 @command("blockdev-snapshot-delete-internal-sync")

@@ -172,7 +172,7 @@ class _Copy:
             self._bases.append(at)
             at += source.node.length
         backed = bool(work.target.option("backing_file"))
-        fresh = work.create and not creating.is_device(work.target.name)
+        fresh = work.create and not creating.is_fixed(work.target.name)
         self._skips_zeroes = not backed and (fresh or work.target_is_zero) and work.sparse_size > 0
         self._skips_below = backed and work.create
         self._unit = max(work.sparse_size, self._cluster() if fresh else 0) or PIECE

@@ -20,6 +20,7 @@ from blkferry.schema.create import BlockdevCreateOptions
 from blkferry.schema.keyval import Help, Keyval, parse
 from blkferry.schema.visit import visit
 from blkferry.units import SECTOR, align_up, parse_size
+from blkferry.wire.nbd.uri import is_uri
 
 if TYPE_CHECKING:
     from blkferry.daemon.daemon import Daemon
@@ -172,7 +173,7 @@ async def _with_size(daemon: Daemon, new: NewImage, *, unsafe: bool) -> NewImage
 
 async def backing_length(daemon: Daemon, overlay: str, name: str, image_format: str | None) -> int:
     """The length of a backing file, found as the overlay will find it. Raises Error."""
-    path = name if name.startswith(filename.JSON) else filename.full_path(name, overlay)
+    path = filename.full_path(name, overlay)
     backing = ImageName(name=path, image_format=image_format)
     if image_format is None:
         guess = f" (It looks like {filename.probe(path)}.)" if os.path.isfile(path) else ""
@@ -203,12 +204,23 @@ def is_device(path: str) -> bool:
         return False
 
 
+def is_fixed(path: str) -> bool:
+    """Whether a raw image there is as large as it is, and is not made: a block device, or another server's export."""
+    return is_uri(path) or is_device(path)
+
+
 async def _create(daemon: Daemon, new: NewImage) -> None:
     assert new.size is not None
     path = _path(new)
     if new.image_format != QCOW2:
         await _create_raw(daemon, new, path)
         return
+    if is_uri(path):
+        raise Error(
+            ErrorKind.UNSUPPORTED,
+            f"{path}: Another server's export cannot grow, as a {new.image_format} image has to",
+            hint="Make the image in a file.",
+        )
     options = await create_options(daemon, new)
     await _create_file(daemon, path, 0, nocow=new.option("nocow"))
     if (data := new.option("data_file")) is not None:
@@ -220,7 +232,7 @@ async def _create(daemon: Daemon, new: NewImage) -> None:
 
 async def _create_raw(daemon: Daemon, new: NewImage, path: str) -> None:
     assert new.size is not None
-    if not is_device(path):
+    if not is_fixed(path):
         await _create_file(daemon, path, new.size, new.option("preallocation"), nocow=new.option("nocow"))
         return
     async with opened(daemon, ImageName(name=path, image_format=RAW), "a new image", writable=True) as loan:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from blkferry.daemon.imaging.names import QCOW2, ImageName, file_of, opened, options_of, probed
 from blkferry.drivers.qcow2.peeking import peek
 from blkferry.errors import Error, ErrorKind
+from blkferry.graph.filename import refuse_remote
 from blkferry.schema.image import ImageInfo
 from blkferry.schema.visit import dump
 
@@ -45,6 +46,7 @@ async def chain(daemon: Daemon, image: ImageName) -> list[tuple[ImageInfo, dict[
         found.append((facts, written))
         if facts.full_backing_filename is None:
             return found
+        refuse_remote(facts.full_backing_filename, facts.backing_filename_format, facts.filename)
         image = replace(
             image, name=facts.full_backing_filename, image_format=facts.backing_filename_format, as_options=False
         )

@@ -1,6 +1,6 @@
 """What a person calls an image, and the node options that this means.
 
-A name is a path, "file:PATH" or "json:{...}", or with `as_options` key=value options. A format that
+A name is a path, "file:PATH", an NBD URI or "json:{...}", or with `as_options` key=value options. A format that
 nobody says is probed.
 """
 
@@ -18,10 +18,13 @@ from blkferry.graph import filename, registry
 from blkferry.graph.graph import MAX_DEPTH
 from blkferry.graph.loan import Loan, lend
 from blkferry.graph.permissions import ALL, Permission
+from blkferry.graph.remote import credentials_for
 from blkferry.objects.secret import Secret
 from blkferry.schema.block import BlockdevOptions
 from blkferry.schema.keyval import parse
+from blkferry.schema.qom import ObjectOptions
 from blkferry.schema.visit import dump, visit
+from blkferry.wire.nbd.uri import is_uri
 
 if TYPE_CHECKING:
     from blkferry.daemon.daemon import Daemon
@@ -64,7 +67,7 @@ class ImageName:
     @property
     def path(self) -> str | None:
         """The path, where the name is one."""
-        if self.as_options or self.name.startswith(filename.JSON):
+        if self.as_options or self.name.startswith(filename.JSON) or is_uri(self.name):
             return None
         return self.name if os.path.exists(self.name) else self.name.removeprefix("file:")
 
@@ -88,11 +91,16 @@ def check_format(name: str) -> str:
 
 
 def probed(image: ImageName) -> ImageName:
-    """The same image with its format, looked for in the first bytes where nobody said it. Blocking. Raises Error."""
+    """The same image with its format, looked for in the first bytes where nobody said it. Blocking. Raises Error.
+
+    Other servers' exports are raw then: what they hold was written by those who use them.
+    """
     path = image.path
     if image.image_format is not None or path is None:
         if image.image_format is not None:
             check_format(image.image_format)
+        elif is_uri(image.name) and not image.as_options:
+            return replace(image, image_format=RAW)
         return image
     filename.options_for(image.name, RAW)  # says what is wrong with the path
     try:
@@ -221,6 +229,13 @@ def _header(path: str) -> Header | None:
         return None  # whoever opens it will say what is wrong
 
 
+async def add_credentials(daemon: Daemon, name: str) -> None:
+    """Add the object that a URI with TLS needs, if it is not there already. Raises Error."""
+    credentials = credentials_for(name) if is_uri(name) else None
+    if credentials is not None and credentials["id"] not in daemon.objects:
+        await daemon.add_object(visit(ObjectOptions, credentials))
+
+
 async def full_options(
     daemon: Daemon,
     image: ImageName,
@@ -234,6 +249,8 @@ async def full_options(
     def find() -> dict[str, Any]:
         return with_key(options_of(image, writable=writable, chain=chain), daemon)
 
+    if not image.as_options:
+        await add_credentials(daemon, image.name)
     options = await daemon.services.in_thread(find)
     return visit(BlockdevOptions, {**options, **(more or {})})
 

@@ -54,8 +54,7 @@ async def rebase(
         )
     new = None
     if backing and not unsafe:
-        named = backing if backing.startswith(filename.JSON) else filename.full_path(backing, image.name)
-        new = ImageName(name=named, image_format=backing_format)
+        new = ImageName(name=filename.full_path(backing, image.name), image_format=backing_format)
         await _refuse_loop(daemon, image, new)
     async with AsyncExitStack() as stack:
         top = await stack.enter_async_context(opened(daemon, image, "rebase", writable=True, chain=not unsafe))

@@ -54,7 +54,6 @@ class Writing:
         mask = geometry.cluster_size - 1
         if node.ranges.busy(start & ~mask, (end + mask) & ~mask):
             return False
-        node.mark_dirty_bitmaps(start, end)
         at = start
         while at < end:
             done = self._segment_now(at, end, view[at - start :])

@@ -1,19 +1,21 @@
 """Where an export's bytes lie, remembered, so that requests need not ask the graph.
 
-Theory of operation. An export that is one piece of one storage, as raw images are, has that piece as its `whole`. Of
-any other, what lookups said is kept by granules: a granule that lies in one place, or is all zero, has a piece in
-`granules` from the first request that touches it until its range is retired, which happens in the middle of a turn
-when a write in it allocates. So whoever uses a piece takes it from here for every request, and within one turn.
-Granules in which several things meet are remembered as such and looked at for each request; when there are many of
-them, granules become smaller. A piece never reaches beyond its granule: that is what makes retiring cheap.
+Theory of operation. An export that is one piece of one storage, as raw images are, has that piece as its `whole`, and
+what is to be told of writes there as its `marking`. Of any other, what lookups said is kept by granules: a granule that
+lies in one place, or is all zero, has a piece in `granules` from the first request that touches it until its range is
+retired, which happens in the middle of a turn when a write in it allocates. So whoever uses a piece takes it from here
+for every request, and within one turn. Granules in which several things meet are remembered as such and looked at for
+each request; when there are many of them, granules become smaller. A piece never reaches beyond its granule: that is
+what makes retiring cheap.
 """
 
 from __future__ import annotations
 
 from typing import Final, NamedTuple
 
+from blkferry.exports.nbd.marking import Marking
 from blkferry.extent import Content
-from blkferry.graph.node import depends_on
+from blkferry.graph.node import Node, depends_on
 from blkferry.graph.root import Root
 from blkferry.plane.storage import Storage
 from blkferry.plane.window import REGION_BITS, Window
@@ -107,6 +109,7 @@ class Places:
         self._writable = writable
         self.size = 0
         self.whole: Piece | None = None
+        self.marking: Marking | None = None  # of writes to `whole`
         self.granules: dict[int, Piece] = {}
         self.bits = GRANULE_BITS
         self.may_write = False  # from within a turn
@@ -127,7 +130,8 @@ class Places:
         return self.whole
 
     def _find_whole(self) -> Piece | None:
-        found = self._root.runs(0, self.size) if self.size else None
+        nodes: list[tuple[Node, int]] = []
+        found = self._root.runs(0, self.size, to_mark=nodes) if self.size else None
         if not found or len(found) > 1:
             return None
         (run,) = found
@@ -135,6 +139,10 @@ class Places:
             return None
         if self._writable and not run.in_place:  # a write will move a part of it
             return None
+        if self._writable and nodes:
+            self.marking = Marking(nodes, self.size)
+            if self.marking.marked is None:
+                return None
         lane = self._lane(run.storage)
         write_end = self.size if self.may_write else 0
         return lane, run.offset, self.size, self.size if lane.inline else 0, write_end
@@ -142,7 +150,8 @@ class Places:
     def retired(self, start: int, end: int | None) -> None:
         """Earlier lookups of a range are void; of everything, if `end` is None."""
         if end is None or self.whole is not None:
-            self.drop()
+            if self.marking is None or not self.marking.busy:
+                self.drop()
             return
         granules = self.granules
         first, last = start >> self.bits, (end - 1) >> self.bits
@@ -157,8 +166,13 @@ class Places:
         """Forget everything, storages too."""
         self.granules.clear()
         self._lanes.clear()
-        self.whole = None
+        self.whole = self.marking = None
         self._looked = False
+
+    def mark(self, offset: int, length: int) -> None:
+        """A range of `whole` is about to be written."""
+        if self.marking is not None and length:
+            self.marking.mark(offset, length)
 
     def _lane(self, storage: Storage) -> Lane:
         lane = self._lanes.get(storage)
@@ -269,12 +283,15 @@ class Places:
         return [part[:4] for part in found]
 
     def in_place(self, offset: int, length: int) -> tuple[Storage, int] | None:
-        """The one place that a range may be overwritten at, if there is one."""
+        """The one place that a range may be overwritten at, if there is one; it counts as written from then on."""
         whole = self.look()
         if whole is not None:
             lane, delta, _, _, write_end = whole
             assert lane is not None
-            return (lane.storage, offset + delta) if offset + length <= write_end else None
+            if offset + length > write_end:
+                return None
+            self.mark(offset, length)
+            return lane.storage, offset + delta
         found = self._find(offset, length, length) if self.may_write else None
         if found is None or len(found) > 1 or not found[0].in_place or found[0].lane is None:
             return None

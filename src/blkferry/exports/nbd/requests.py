@@ -152,6 +152,7 @@ def _write_now(client: NbdClient, request: wire.Request, buffer: Buffer) -> bool
         elif storage.direct:
             return False
         else:
+            places.mark(request.offset, request.length)
             storage.write_now(view, request.offset + whole[1])
     except OSError as error:
         reply = failed(client, request, error)

@@ -50,9 +50,9 @@ def serve(client: NbdClient, data: memoryview, end: int) -> int:
     slots: dict[int, tuple[memoryview]] = {}
     slot_length = 0
     places, root, replies = client.places, client.root, client.replies
-    read_end = write_end = map_end = hot_end = delta = inline_flags = hot = bits = 0
+    read_end = write_end = map_end = hot_end = delta = inline_flags = hot = bits = mark_bits = 0
     fd = -1
-    window = pieces = put = None
+    window = pieces = put = marking = marked = None
     current: Lane | Places | None = places  # neither a lane nor none
     throttled: Storage | Places = places
     started = places.turn = time.monotonic()
@@ -66,6 +66,9 @@ def serve(client: NbdClient, data: memoryview, end: int) -> int:
         hot_end = min(map_end - delta, read_end)
         if storage.direct or root.writethrough or started < storage.inline_writes_from:
             write_end = 0
+        marking = places.marking
+        if marking is not None:
+            marked, mark_bits = marking.marked, marking.bits
     else:
         replies.storages.clear()
         if client.outbox.lends:
@@ -109,11 +112,12 @@ def serve(client: NbdClient, data: memoryview, end: int) -> int:
                     begun, filled = replies.append(begun, filled, reply)
                     pos += header
                     continue
-            if length >= SENDFILE_FROM and is_read and read_end:
-                read_end = places.reach(piece, offset + length)
-                bits = places.bits
-            hot_end = read_end if read_end + delta <= map_end else 0
-            if put is None:
+            if is_read:
+                if length >= SENDFILE_FROM and read_end:
+                    read_end = places.reach(piece, offset + length)
+                    bits = places.bits
+                hot_end = read_end if read_end + delta <= map_end else 0
+            elif put is None:
                 write_end = 0
         if is_read and offset + length <= read_end and 0 < length < SENDFILE_FROM:
             start = filled + data_header
@@ -175,6 +179,11 @@ def serve(client: NbdClient, data: memoryview, end: int) -> int:
                 filled = start + length
                 continue
         elif head == write_head and offset + length <= write_end and 0 < length <= end - pos - header:
+            if marked is not None:
+                stretch = offset >> mark_bits
+                if not marked[stretch] or offset + length > stretch + 1 << mark_bits:
+                    assert marking is not None
+                    marking.mark(offset, length)
             pos += header
             storage.dirty += 1  # at once: a flush may follow in this very turn
             try:

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from bisect import bisect
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from blkferry.wire.nbd.constants import (
     CHUNK_ERROR_BIT,
     EXTENDED_REPLY_MAGIC,
     MAX_REPLY_PAYLOAD,
+    MAX_REQUEST,
     SIMPLE_REPLY_MAGIC,
     STRUCTURED_REPLY_MAGIC,
     Chunk,
@@ -43,6 +45,14 @@ if TYPE_CHECKING:
     from blkferry.wire.nbd.transmission import Buffer
 
 _MAGIC_SIZE = 4
+
+MAX_PARTS = MAX_REQUEST // 4096
+"""Stretches of one READ with gaps between them, enough for the longest one in pages of any order. What is remembered of
+a reply must not grow with the number of chunks that a server cuts it into.
+"""
+
+MAX_STATUS_EXTENTS = 1 << 16
+"""Extents of one chunk that are looked at: the first are as good without the rest, and a chunk can hold millions."""
 
 
 class Data(NamedTuple):
@@ -85,7 +95,7 @@ class _Pending:
     request: Request
     unanswered: int  # bytes of a READ for which no content has come
     failed: bool = False
-    parts: list[tuple[int, int]] = field(default_factory=list)  # start and end of what has come, in order
+    parts: list[tuple[int, int]] = field(default_factory=list)  # start and end of what has come, in order, joined
 
 
 class Replies:
@@ -220,12 +230,20 @@ def _account(pending: _Pending, offset: int, length: int) -> None:
     request = pending.request
     if not length or offset < request.offset or offset + length > request.offset + request.length:
         raise ProtocolError(f"content at {offset}, length {length}, lies outside the READ it answers")
-    part = (offset, offset + length)
-    place = bisect(pending.parts, part)
-    before, after = pending.parts[max(place - 1, 0) : place], pending.parts[place : place + 1]
-    if any(end > offset for _, end in before) or any(start < offset + length for start, _ in after):
+    parts = pending.parts
+    start, end = offset, offset + length
+    place = bisect(parts, (start, end))
+    first, last = place, place
+    if place and parts[place - 1][1] >= start:
+        first, start = place - 1, parts[place - 1][0]
+    if place < len(parts) and parts[place][0] <= end:
+        last, end = place + 1, parts[place][1]
+    joined = sum(before[1] - before[0] for before in parts[first:last])
+    if end - start != joined + length:
         raise ProtocolError(f"content at {offset}, length {length}, repeats what was sent before")
-    pending.parts.insert(place, part)
+    parts[first:last] = [(start, end)]
+    if len(parts) > MAX_PARTS:
+        raise ProtocolError(f"the content of a READ comes in more than {MAX_PARTS} scattered parts")
     pending.unanswered -= length
 
 
@@ -247,7 +265,7 @@ def _parse_status(payload: bytes, *, extended: bool) -> Status:
     context, *claimed = header.unpack_from(payload)
     if claimed and claimed[0] != count:
         raise ProtocolError(f"status chunk claims {claimed[0]} extents and holds {count}")
-    extents = tuple(extent.iter_unpack(payload[header.size :]))
+    extents = tuple(islice(extent.iter_unpack(memoryview(payload)[header.size :]), MAX_STATUS_EXTENTS))
     if not all(length for length, _ in extents):
         raise ProtocolError("status chunk with an extent of length 0")
     return Status(context, extents)
