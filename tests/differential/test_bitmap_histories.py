@@ -1,18 +1,20 @@
 """Random histories of a disk with bitmaps: whatever changes since a bitmap was cleared is marked in it.
 
-Restarts keep what is persistent; a copy of the image while it is open is what a crash leaves.
+Two exports write, on any loop. Restarts keep what is persistent; a copy of the image while it is open is what a crash
+leaves. What goes to an overlay is not marked in the bitmaps of its base.
 """
 
 from __future__ import annotations
 
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import peers
 from blkferry.errors import Error
@@ -24,55 +26,92 @@ SIZE = 1 << 20
 offsets = st.integers(0, SIZE - 1) | st.integers(0, SIZE // 4096 - 1).map(lambda n: n * 4096)
 lengths = st.sampled_from([1, 512, 4096, 65536, 150_000])
 names = st.sampled_from(["a", "b", "c"])
+exports = st.sampled_from(["e", "f"])
+on_top = precondition(lambda self: self.frozen is None)
+with_holes = precondition(lambda self: self.kind == "qcow2")  # a raw image without any is one piece of its export
 
 
 class Histories(RuleBasedStateMachine):
-    """`since` is what the disk was when each recording bitmap last said that nothing had changed."""
+    """`since` is what the disk was when each recording bitmap last said that nothing had changed.
 
-    @initialize(cluster=st.sampled_from(["512", "4k", "64k"]))
-    def begin(self, cluster):
+    `frozen` is what it was when it got an overlay, which is thrown away when all starts anew.
+    """
+
+    kind = "qcow2"
+    frozen: bytes | None = None
+
+    @initialize(cluster=st.sampled_from(["512", "4k", "64k"]), iothread=st.booleans())
+    def begin(self, cluster, iothread):
         self.directory = Path(tempfile.mkdtemp())
         self.path = self.directory / "disk"
-        peers.run("qemu-img", "create", "-q", "-f", "qcow2", "-o", f"cluster_size={cluster}", str(self.path), str(SIZE))
+        self.iothread = iothread
+        self.disk = bytearray(SIZE) if self.kind == "qcow2" else bytearray(b"r" * SIZE)
+        if self.kind == "qcow2":
+            options = ("-q", "-f", "qcow2", "-o", f"cluster_size={cluster}")
+            peers.run("qemu-img", "create", *options, str(self.path), str(SIZE))
+        else:
+            self.path.write_bytes(self.disk)
         self.since: dict[str, bytes] = {}
         self.persistent: set[str] = set()
-        self.disk = bytearray(SIZE)
         self.open()
 
     def open(self):
         self.daemon = DaemonThread().__enter__()
         file = {"driver": "file", "filename": str(self.path)}
-        self.daemon.execute("blockdev-add", driver="qcow2", node_name="n", file=file, discard="unmap")
-        self.daemon.export("n", writable=True)
-        self.client = self.daemon.client().__enter__()
+        self.daemon.execute("blockdev-add", driver=self.kind, node_name="n", file=file, discard="unmap")
+        more = {}
+        if self.iothread:
+            self.daemon.execute("object-add", qom_type="iothread", id="io")
+            more["iothread"] = "io"
+        for name in ("e", "f"):
+            self.daemon.export("n", name, name, writable=True, **more)
+        self.clients = {name: self.daemon.client(name).__enter__() for name in ("e", "f")}
+        self.client = self.clients["e"]
 
     def shut(self):
-        self.client.disconnect()
-        self.client.close()
+        for client in self.clients.values():
+            client.disconnect()
+            client.close()
         self.daemon.stop()
+        if self.frozen is not None:
+            self.disk[:], self.frozen = self.frozen, None
 
     def bitmap(self, name) -> DirtyBitmap:
         return self.daemon.daemon.graph.nodes["n"].dirty_bitmaps[name]
 
-    @rule(at=offsets, length=lengths, byte=st.integers(0, 255))
-    def write(self, at, length, byte):
+    @rule(at=offsets, length=lengths, byte=st.integers(0, 255), export=exports)
+    def write(self, at, length, byte, export):
         length = min(length, SIZE - at)
-        self.client.write(at, bytes([byte]) * length)
+        self.clients[export].write(at, bytes([byte]) * length)
         self.disk[at : at + length] = bytes([byte]) * length
 
+    @with_holes
     @rule(at=offsets, length=lengths)
     def zero(self, at, length):
         length = min(length, SIZE - at)
         self.client.zero(at, length)
         self.disk[at : at + length] = bytes(length)
 
+    @with_holes
     @rule(at=offsets, length=lengths)
     def discard(self, at, length):
         self.client.trim(at, min(length, SIZE - at))
         self.disk[:] = self.client.read(0, SIZE)  # what it discards reads as it likes
 
+    @on_top
+    @rule()
+    def overlay(self):
+        path = self.directory / "overlay"
+        peers.run("qemu-img", "create", "-q", "-f", "qcow2", str(path), str(SIZE))
+        file = {"driver": "file", "filename": str(path)}
+        self.daemon.execute("blockdev-add", driver="qcow2", node_name="over", file=file, backing=None)
+        self.daemon.execute("blockdev-snapshot", node="n", overlay="over")
+        self.frozen = bytes(self.disk)
+
+    @on_top
     @rule(name=names, granularity=st.sampled_from([512, 4096, 65536]), persistent=st.booleans())
     def add(self, name, granularity, persistent):
+        persistent = persistent and self.kind == "qcow2"
         if name in self.since:
             with pytest.raises(Error, match="already exists"):
                 self.daemon.execute("block-dirty-bitmap-add", node="n", name=name)
@@ -84,6 +123,7 @@ class Histories(RuleBasedStateMachine):
         if persistent:
             self.persistent.add(name)
 
+    @on_top
     @rule(name=names)
     def remove(self, name):
         if name in self.since:
@@ -91,12 +131,14 @@ class Histories(RuleBasedStateMachine):
             del self.since[name]
             self.persistent.discard(name)
 
+    @on_top
     @rule(name=names)
     def clear(self, name):
         if name in self.since:
             self.daemon.execute("block-dirty-bitmap-clear", node="n", name=name)
             self.since[name] = bytes(self.disk)
 
+    @on_top
     @rule(name=names)
     def pause_and_start_afresh(self, name):
         if name in self.since:
@@ -107,6 +149,7 @@ class Histories(RuleBasedStateMachine):
             self.daemon.execute("block-dirty-bitmap-enable", node="n", name=name)
             self.since[name] = bytes(self.disk)
 
+    @on_top
     @rule(into=names, source=names)
     def merge(self, into, source):
         if into in self.since and source in self.since:
@@ -115,30 +158,50 @@ class Histories(RuleBasedStateMachine):
     @rule()
     def restart(self):
         self.shut()
-        peers.run("qemu-img", "check", "-q", str(self.path))
+        if self.kind == "qcow2":
+            peers.run("qemu-img", "check", "-q", str(self.path))
         self.open()
         self.since = {name: was for name, was in self.since.items() if name in self.persistent}
         assert set(self.daemon.daemon.graph.nodes["n"].dirty_bitmaps) == self.persistent
 
-    @rule()
-    def crash(self):
+    @on_top
+    @rule(busy=st.booleans())
+    def crash(self, busy):
         self.client.flush()
         copy = self.directory / "crashed"
+        stop = threading.Event()
+        writer = threading.Thread(target=self.keep_writing, args=(stop,))
+        if busy:
+            writer.start()
         shutil.copy(self.path, copy)
+        stop.set()
+        if busy:
+            writer.join()
         self.shut()
         shutil.move(copy, self.path)
+        if self.kind == "qcow2":
+            peers.run("qemu-img", "check", "-q", "-r", "leaks", str(self.path))  # there is nothing worse
         self.open()
+        if busy:
+            self.disk[:] = self.client.read(0, SIZE)  # of what was not flushed anything may be there
         for name, bitmap in list(self.daemon.daemon.graph.nodes["n"].dirty_bitmaps.items()):
             assert bitmap.inconsistent
             self.daemon.execute("block-dirty-bitmap-remove", node="n", name=name)
         self.since, self.persistent = {}, set()
 
+    def keep_writing(self, stop):
+        client, number = self.clients["f"], 0
+        while not stop.is_set():
+            number += 1
+            client.write(number * 7919 % (SIZE // 512) * 512, bytes([number % 256]) * 512)
+
     @invariant()
     def every_change_is_marked(self):
+        now = getattr(self, "disk", b"") if self.frozen is None else self.frozen
         for name, was in getattr(self, "since", {}).items():
             at = 0
             for length, dirty in self.bitmap(name).runs(0, SIZE):
-                assert dirty or was[at : at + length] == self.disk[at : at + length], (name, at, length)
+                assert dirty or was[at : at + length] == now[at : at + length], (name, at, length)
                 at += length
 
     def teardown(self):
@@ -148,7 +211,13 @@ class Histories(RuleBasedStateMachine):
             shutil.rmtree(self.directory)
 
 
-TestHistories = Histories.TestCase
-TestHistories.settings = settings(
+class RawHistories(Histories):
+    """Of an image whose exports see to the marking themselves."""
+
+    kind = "raw"
+
+
+TestHistories, TestRawHistories = Histories.TestCase, RawHistories.TestCase
+TestHistories.settings = TestRawHistories.settings = settings(
     max_examples=12, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
 )
