@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import random
 import re
+import signal
 import subprocess
 import threading
 import time
@@ -229,6 +230,24 @@ def test_it_goes_away_while_it_waits_for_the_server(tmp_path, image):
                 client.read(0, 512)
         daemon.execute("blockdev-del", node_name="n")
         assert not daemon.execute("query-named-block-nodes")
+
+
+@pytest.mark.parametrize("gone", [True, False], ids=["gone", "silent"])
+def test_the_daemon_ends_although_requests_wait_for_the_server(tmp_path, image, gone):
+    """Neither a server that is gone nor one that does not answer holds up the end: what waits for it fails."""
+    socket = tmp_path / "s"
+    with nbdkit(socket, image) as server:
+        with DaemonThread() as daemon:
+            add(daemon, socket, **{"reconnect-delay": 3600})
+            daemon.export("n", writable=False)
+            with contextlib.closing(daemon.client()) as client:
+                assert client.read(0, 512) == CONTENT[:512]
+                server.send_signal(signal.SIGKILL if gone else signal.SIGSTOP)
+                client.submit(Cmd.READ, 0, 4096)
+                client.push()
+                time.sleep(0.2)
+                daemon.stop()  # it raises when that takes too long
+        server.send_signal(signal.SIGCONT)
 
 
 def test_opening_waits_for_a_server_as_long_as_it_is_told(tmp_path, image):

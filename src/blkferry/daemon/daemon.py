@@ -110,7 +110,10 @@ class Daemon:
 
     async def _stop(self, patience: float) -> None:
         self.nbd_servers.stop_listening()
-        await self.exports.remove_all(patience=patience, hurry=self._hurry)
+        if patience:
+            await self.exports.drain_all(patience, self._hurry)
+        await self.graph.cancel_in_flight()
+        await self.exports.remove_all()
         await self.nbd_servers.stop_all()
         await self.jobs.close()
         for user in list(self.graph.users):

@@ -13,7 +13,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from blkferry.errors import Error, ErrorKind
 from blkferry.exports.base import Export
@@ -179,30 +179,23 @@ class Exports:
         del self._entries[export_id]
         self._daemon.emit("BLOCK_EXPORT_DELETED", {"id": export_id})
 
-    async def remove_all(
-        self,
-        only: Callable[[Export], bool] = lambda _: True,
-        *,
-        patience: float = 0.0,
-        hurry: asyncio.Event | None = None,
-    ) -> None:
-        """Remove every export, or `only` some, newest first.
+    async def drain_all(self, patience: float, hurry: asyncio.Event) -> None:
+        """Take no new clients, and give those there are `patience` seconds to be answered, or until `hurry` is set."""
+        exports = [entry.export for entry in self._entries.values() if entry is not None]
+        for export in exports:
+            export.withdraw()
+        waits = [asyncio.create_task(end) for end in (_drain(exports), hurry.wait())]
+        await asyncio.wait(waits, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
 
-        Clients get `patience` seconds to be answered, or until `hurry` is set.
-        """
+    async def remove_all(self, only: Callable[[Export], bool] = lambda _: True) -> None:
+        """Remove every export, or `only` some, newest first."""
         chosen = [
             (export_id, entry)
             for export_id, entry in reversed(self._entries.items())
             if entry is not None and only(entry.export)
         ]
-        if patience:
-            for _, entry in chosen:
-                entry.export.withdraw()
-            ends = (_drain([entry.export for _, entry in chosen]), (hurry or asyncio.Event()).wait())
-            waits = [asyncio.create_task(end) for end in ends]
-            await asyncio.wait(waits, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
-            for wait in waits:
-                wait.cancel()
         for export_id, entry in chosen:
             await asyncio.shield(self._begin_removal(export_id, entry))
 
@@ -221,5 +214,6 @@ class Exports:
         ]
 
 
-async def _drain(exports: Iterable[Export]) -> None:
+async def _drain(exports: Iterable[Export]) -> Literal[True]:
     await asyncio.gather(*(export.root.services.run(export.drain()) for export in exports))
+    return True

@@ -314,6 +314,11 @@ class Graph:
             for member in tree:
                 member.move(services)
 
+    async def cancel_in_flight(self) -> None:
+        """Let fail what waits for something out there, on any node: the end has come and cannot wait, too."""
+        for node in list(self.nodes.values()):
+            await node.services.run(_cancelled(node))
+
     @asynccontextmanager
     async def drained(self, nodes: set[Node]) -> AsyncIterator[None]:
         """Nothing is in flight on any of these nodes, which are whole trees, and nothing begins.
@@ -359,3 +364,7 @@ def _no_credentials(credentials_id: str, *, named: bool) -> ssl.SSLContext:
 def _list_names(nodes: dict[str, Node]) -> str:
     names = sorted(name for name in nodes if not name.startswith("#"))
     return f"Known nodes: {', '.join(names)}." if names else "There are no nodes; add one with blockdev-add."
+
+
+async def _cancelled(node: Node) -> None:
+    node.cancel_in_flight()

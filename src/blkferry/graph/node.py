@@ -219,6 +219,9 @@ class Node:
 
         await self._on_children(start, length, act)
 
+    def cancel_in_flight(self) -> None:
+        """Have requests that wait for something outside (a server that is gone, say) fail soon. On the node's loop."""
+
     async def prefetch(self, start: int, length: int) -> None:
         """Bring the range into the page cache."""
         await self._on_children(start, length, lambda node, at, n: node.prefetch(at, n))

@@ -43,10 +43,15 @@ class Line:
         """The connection, if need be another one, waited for together with all others who do. Raises OSError."""
         if not self.connection.lost:
             return self.connection
+        reconnecting = self._reconnect()
         try:
-            return await asyncio.shield(self._reconnect())
+            return await asyncio.shield(reconnecting)
         except Error as error:
             raise OSError(errno.EIO, f"the connection to the NBD server has ended: {error}") from error
+        except asyncio.CancelledError:
+            if not reconnecting.cancelled():
+                raise
+            raise OSError(errno.EIO, "the connection to the NBD server has ended, and is given up") from None
 
     def revive(self) -> None:
         """Have a lost connection replaced some time, for those who can do without."""
@@ -69,6 +74,13 @@ class Line:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._rest_until = time.monotonic() + LAST_PAUSE
             log.warning("Cannot reach the NBD server again: %s", error)
+
+    def give_up(self) -> None:
+        """Let nobody wait any longer, neither for another connection nor for an answer."""
+        if self._reconnecting is not None:
+            self._reconnecting.cancel()
+        if self.connection.in_flight:
+            self.connection.end("it is given up")
 
     def pause(self) -> None:
         """Leave the loop; nothing is in flight."""

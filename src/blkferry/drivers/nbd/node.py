@@ -79,6 +79,7 @@ class Nbd(Node):
 
     async def open(self, opening: Opening) -> None:
         self._lines: list[Line] = []
+        self._epoch = 0  # counts how often all that was in flight was given up
         if len(self.options.export.encode()) > MAX_STRING:
             raise Error(ErrorKind.INVALID_ARGUMENT, "export name too long to send to server")
         if len((self.options.x_dirty_bitmap or "").encode()) > MAX_STRING:
@@ -238,7 +239,7 @@ class Nbd(Node):
     async def _call(
         self, command: Cmd, start: int, length: int, *, flags: int = 0, view: memoryview | None = None
     ) -> tuple[tuple[int, int], ...]:
-        deadline = None
+        deadline, epoch = None, self._epoch
         while True:
             line = self._lines[0] if len(self._lines) == 1 else self._least_busy()
             connection = line.connection
@@ -247,6 +248,8 @@ class Nbd(Node):
             try:
                 return await connection.call(command, start, length, flags=flags, view=view)
             except ConnectionLost:
+                if epoch != self._epoch:
+                    raise OSError(errno.EIO, "it was given up") from None
                 if deadline is None:
                     deadline = time.monotonic() + self.options.reconnect_delay
                 else:
@@ -283,6 +286,11 @@ class Nbd(Node):
             case SocketAddressUnix(path=path):
                 return unix_uri(path, self.options.export)
         return f"nbd:{shown(self.options.server)}"
+
+    def cancel_in_flight(self) -> None:
+        self._epoch += 1
+        for line in self._lines:
+            line.give_up()
 
     async def pause(self) -> None:
         for line in self._lines:
