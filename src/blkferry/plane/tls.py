@@ -43,6 +43,7 @@ class TlsSocket:
         self._ciphertext = memoryview(b"")  # what the socket did not take
         self._accepted = 0  # bytes of what will be sent again that are in it
         self._scratch: memoryview | None = None
+        self._is_secure = False
 
     async def shake_hands(self) -> None:
         """Agree on keys. OpenSSL's work is done in a thread, so that nobody else waits for it. Raises OSError."""
@@ -59,6 +60,7 @@ class TlsSocket:
                 raise
             await self._send_outgoing(loop)
             if not wants:
+                self._is_secure = True
                 return
             data = await loop.sock_recv(self._sock, _RECEIVE)
             if not data:
@@ -178,11 +180,21 @@ class TlsSocket:
         return self._sock.getsockopt(level, option)
 
     def close(self) -> None:
-        """Say goodbye if that is possible at once, and close."""
-        if self._sock.fileno() >= 0:
+        """Say goodbye if that is possible at once, and close.
+
+        Before the handshake is over a thread may be at work on it, and OpenSSL's objects are not for two at a time.
+        """
+        if self._is_secure and self._sock.fileno() >= 0:
             with contextlib.suppress(OSError, ValueError):
                 self.tls.unwrap()
             with contextlib.suppress(OSError):
                 if not self._ciphertext:
                     self._sock.send(self._outgoing.read(), socket.MSG_NOSIGNAL)
         self._sock.close()
+
+
+def reason(error: OSError | ValueError) -> str:
+    """What OpenSSL or the kernel complains of, in a few words and without source lines."""
+    if isinstance(error, ssl.SSLError) and error.reason:
+        return error.reason.replace("_", " ").lower()
+    return getattr(error, "strerror", None) or str(error)

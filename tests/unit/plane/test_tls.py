@@ -178,3 +178,36 @@ def test_a_peer_that_leaves_during_the_handshake():
     with pytest.raises(OSError, match=r"went away|EOF"):
         asyncio.run(TlsSocket(ours, SERVER).shake_hands())
     ours.close()
+
+
+def test_closing_during_the_handshake_leaves_openssl_to_the_thread_that_is_at_it():
+    """A client that is too slow is closed by the loop; OpenSSL's objects must not be used by two threads at a time."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    secured = TlsSocket(ours, SERVER)
+    entered, leave, others = threading.Event(), threading.Event(), []
+
+    class Busy:
+        def do_handshake(self):
+            entered.set()
+            leave.wait(20)
+            raise ssl.SSLWantReadError
+
+        def unwrap(self):
+            others.append("unwrap")
+
+    secured.tls = Busy()
+
+    async def cut():
+        shaking = asyncio.create_task(secured.shake_hands())
+        await asyncio.to_thread(entered.wait)
+        shaking.cancel()
+        secured.close()
+        leave.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await shaking
+
+    asyncio.run(cut())
+    assert not others
+    assert theirs.recv(1) == b""
+    theirs.close()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from blkferry.drivers.nbd.haggling import Haggling
 from blkferry.errors import Error, ErrorKind
-from blkferry.plane.tls import TlsSocket
+from blkferry.plane.tls import TlsSocket, reason
 from blkferry.schema.sockets import SocketAddress, SocketAddressInet, SocketAddressUnix, SocketAddressVsock
 from blkferry.sockets.connect import connect
 
@@ -73,7 +73,7 @@ async def _shake_hands(plain: socket.socket, target: Target) -> Session:
         return await haggling.agree(target.export, target.context)
     except OSError as error:
         haggling.sock.close()
-        raise Error(ErrorKind.IO, f"Failed to read initial magic or option reply: {_reason(error)}") from error
+        raise Error(ErrorKind.IO, f"Failed to read initial magic or option reply: {reason(error)}") from error
     except BaseException:
         haggling.sock.close()
         raise
@@ -93,12 +93,5 @@ async def _secure(plain: socket.socket, context: ssl.SSLContext, hostname: str |
         text = f"The server's certificate was refused: {error.verify_message}"
         raise Error(ErrorKind.DENIED, text, hint="Is it signed by the CA of ca-cert.pem?") from error
     except OSError as error:
-        raise Error(ErrorKind.IO, f"TLS handshake failed: {_reason(error)}") from error
+        raise Error(ErrorKind.IO, f"TLS handshake failed: {reason(error)}") from error
     return secured
-
-
-def _reason(error: OSError) -> str:
-    """What went wrong, in OpenSSL's words without its source lines."""
-    if isinstance(error, ssl.SSLError) and error.reason:
-        return error.reason.lower().replace("_", " ")
-    return error.strerror or str(error)

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 from blkferry.errors import Error
 from blkferry.plane.loops import ended_unseen
-from blkferry.plane.tls import TlsSocket
+from blkferry.plane.tls import TlsSocket, reason
 from blkferry.wire.nbd.handshake import Handshake, State
 
 if TYPE_CHECKING:
+    from blkferry.exports.nbd.security import Security
     from blkferry.exports.nbd.server import NbdServer
 
 log = logging.getLogger(__name__)
@@ -103,35 +104,36 @@ class Negotiation:
     # TLS -------------------------------------------------------------------------------------------------------
 
     async def _secure(self) -> None:
-        """Make the connection secure, and find out who the client is and whether it may go on."""
         security = self._server.security
         assert security is not None
-        credentials = security.credentials()
-        self._sock = secured = TlsSocket(self._plain, credentials.context())
+        failure, denial = None, ""
         try:
-            await secured.shake_hands()
-            self._identity = credentials.identity(secured.tls)
-            denial = ""
-            if security.authorize is not None and not await security.authorize(self._identity):
-                denial = f"'{self._identity}' is not allowed to use this server"
-                log.warning("%s: denied by %s: '%s'", self._peer, security.rule, self._identity)
+            denial = await self._start_tls(security)
         except (OSError, ssl.CertificateError) as error:
-            self._securing = None
-            self.close(f"TLS: {_reason(error)}")
-            return
+            failure = f"TLS: {_reason(error)}"
         except Error as error:
-            self._securing = None
-            self.close(f"TLS: {error.message}")
-            return
+            failure = f"TLS: {error.message}"
         except Exception:
             log.exception("%s: TLS", self._peer)
-            self._securing = None
-            self.close("internal error")
+            failure = "internal error"
+        self._securing = None  # it is over, and not to be cancelled
+        if failure is not None:
+            self.close(failure)
             return
-        self._securing = None
         self._machine.secured(denial)
         self._loop.add_reader(self._plain.fileno(), self._readable)
         self._readable()  # what came with the end of the TLS handshake is not seen by the loop
+
+    async def _start_tls(self, security: Security) -> str:
+        """Make the connection secure and find out who the client is. Returns why it may not go on, if so."""
+        credentials = security.credentials()
+        self._sock = secured = TlsSocket(self._plain, credentials.context())
+        await secured.shake_hands()
+        self._identity = credentials.identity(secured.tls)
+        if security.authorize is None or await security.authorize(self._identity):
+            return ""
+        log.warning("%s: denied by %s: '%s'", self._peer, security.rule, self._identity)
+        return f"'{self._identity}' is not allowed to use this server"
 
     # The end ---------------------------------------------------------------------------------------------------
 
@@ -167,12 +169,9 @@ class Negotiation:
 
 
 def _reason(error: OSError | ssl.CertificateError) -> str:
-    """What went wrong, in OpenSSL's words without its source lines."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"the client's certificate was refused: {error.verify_message}"
-    if isinstance(error, ssl.SSLError) and error.reason:
-        return error.reason.lower().replace("_", " ")
-    return getattr(error, "strerror", None) or str(error)
+    return reason(error)
 
 
 _SO_SNDBUFFORCE = 32

@@ -18,6 +18,7 @@ from blkferry.objects.base import BlkObject
 from blkferry.objects.tls import openssl
 from blkferry.objects.tls.names import distinguished_name
 from blkferry.objects.tls.priority import restrict
+from blkferry.plane.tls import reason
 from blkferry.schema.qapi import Doc
 from blkferry.schema.qom import ObjectOptions
 
@@ -134,10 +135,3 @@ def load_dh_params(context: ssl.SSLContext, path: str) -> bool:
         text = f"Unable to load DH parameters from {path}: {reason(error)}"
         raise Error(ErrorKind.INVALID_ARGUMENT, text, path=path) from None
     return True
-
-
-def reason(error: OSError | ValueError) -> str:
-    """What OpenSSL or the kernel complains of, in a few words."""
-    if isinstance(error, ssl.SSLError) and error.reason:
-        return error.reason.replace("_", " ").lower()
-    return getattr(error, "strerror", None) or str(error) or "it cannot be read"

@@ -20,8 +20,8 @@ from blkferry.objects.tls.creds import (
     TlsCredsProperties,
     load_dh_params,
     read_file,
-    reason,
 )
+from blkferry.plane.tls import reason
 from blkferry.schema.qapi import Doc, branch
 from blkferry.schema.qom import ObjectOptions
 
