@@ -8,7 +8,8 @@ import time
 import pytest
 from serving import eventually
 
-from blkferry.exports.nbd import places, turn
+from blkferry.exports import places
+from blkferry.exports.nbd import turn
 from blkferry.testing import nodes, shuffled
 from blkferry.testing.daemon import DaemonThread
 from blkferry.testing.nbd import Client

@@ -10,8 +10,8 @@ from blkferry.exports.base import Export, Host
 from blkferry.exports.nbd.bitmaps import acquire_bitmaps, release_bitmaps
 from blkferry.exports.nbd.client import NbdClient
 from blkferry.exports.nbd.contexts import Contexts
-from blkferry.exports.nbd.places import Places
 from blkferry.exports.nbd.server import NbdServer
+from blkferry.exports.places import Places
 from blkferry.graph.bitmaps import DirtyBitmap
 from blkferry.graph.permissions import ALL, Permission
 from blkferry.graph.root import Root

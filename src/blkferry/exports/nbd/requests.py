@@ -29,7 +29,7 @@ from blkferry.wire.nbd.constants import MAX_REQUEST, Cmd, CmdFlag, Errno, Mode
 
 if TYPE_CHECKING:
     from blkferry.exports.nbd.client import NbdClient
-    from blkferry.exports.nbd.places import Stretch
+    from blkferry.exports.places import Stretch
 
 
 _DF, _FUA = int(CmdFlag.DF), int(CmdFlag.FUA)  # as plain numbers: an IntFlag takes a microsecond to test

@@ -26,7 +26,7 @@ from blkferry.exports.nbd.limits import (
     WRITE_SECONDS,
     ZEROES,
 )
-from blkferry.exports.nbd.places import NOWHERE
+from blkferry.exports.places import NOWHERE
 from blkferry.graph import access
 from blkferry.plane.services import MAX_SLOTS, SCRATCH_OUT
 from blkferry.plane.window import REGION_BITS
@@ -36,7 +36,7 @@ from blkferry.wire.nbd.constants import MAX_REQUEST, Mode
 
 if TYPE_CHECKING:
     from blkferry.exports.nbd.client import NbdClient
-    from blkferry.exports.nbd.places import Lane, Places
+    from blkferry.exports.places import Lane, Places
     from blkferry.plane.storage import Storage
 
 

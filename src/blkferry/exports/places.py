@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-from blkferry.exports.nbd.marking import Marking
+from blkferry.exports.marking import Marking
 from blkferry.extent import Content
 from blkferry.graph.node import Node, depends_on
 from blkferry.graph.root import Root
