@@ -130,6 +130,31 @@ class BlockExportOptionsNbd(BlockExportOptions):
     ] = False
 
 
+class FuseExportAllowOther(enum.StrEnum):
+    """Whether users other than the one who mounts may use a FUSE export."""
+
+    OFF = "off"
+    ON = "on"
+    AUTO = "auto"
+
+
+@branch
+class BlockExportOptionsFuse(BlockExportOptions):
+    """The node as a regular file, by FUSE."""
+
+    type: Literal["fuse"] = "fuse"
+    mountpoint: Annotated[str, Doc("the regular file that shows the node; it has to be there already", since="6.0")]
+    growable: Annotated[bool, Doc("writes behind the end make the node larger", since="6.0")] = False
+    allow_other: Annotated[
+        FuseExportAllowOther,
+        Doc(
+            "on lets other users in as the file's mode allows, which takes user_allow_other in /etc/fuse.conf unless "
+            "root mounts; auto does so where that is possible",
+            since="6.1",
+        ),
+    ] = FuseExportAllowOther.AUTO
+
+
 class BlockExportRemoveMode(enum.StrEnum):
     """What happens to the clients of an export that is removed."""
 
