@@ -198,6 +198,10 @@ class BlockExportInfo(Struct):
     node_name: Annotated[str, Doc("the exported node")]
     shutting_down: Annotated[bool, Doc("whether it is being removed")]
     clients: Annotated[list[BlockExportClient], Doc("who uses it now", features=(EXTENSION,))]
+    mountpoint: Annotated[str | None, Doc("the file that shows it, with FUSE", features=(EXTENSION,))] = None
+    allow_other: Annotated[
+        bool | None, Doc("whether other users may open that file, as its mode allows", features=(EXTENSION,))
+    ] = None
 
 
 class BlockExportDeleted(Struct):

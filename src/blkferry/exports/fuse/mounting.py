@@ -7,6 +7,7 @@ system that does not answer, or one that this very process serves.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import stat
 from dataclasses import dataclass
@@ -14,9 +15,12 @@ from dataclasses import dataclass
 from blkferry.errors import Error, ErrorKind
 from blkferry.exports.fuse import fusermount, mountinfo, mountpoint
 from blkferry.exports.fuse.fusermount import COULD_NOT_MOUNT
+from blkferry.exports.fuse.users import users
 from blkferry.plane import syscalls
 from blkferry.plane.patience import within
 from blkferry.schema.export import FuseExportAllowOther
+
+log = logging.getLogger(__name__)
 
 DEVICE = "/dev/fuse"
 MAX_READ = 64 << 20
@@ -52,6 +56,25 @@ class Mount:
         """
         await within(UNMOUNT_SECONDS, unmount, self.device, lazy)
 
+    async def leave(self, export_id: str) -> None:
+        """Unmount it if nobody has it open. Raises Error(BUSY), naming those who have."""
+        try:
+            await self.unmount(lazy=False)
+        except (Error, TimeoutError) as error:
+            if isinstance(error, Error) and error.kind is not ErrorKind.BUSY:
+                raise
+            who = await within(LOOK_SECONDS, users, self.path)
+            opened = f" It is open in {', '.join(who)}." if who else ""
+            hint = f"Use mode='hard' to force client disconnect.{opened}"
+            raise Error(ErrorKind.BUSY, f"export '{export_id}' still in use", hint=hint) from error
+
+    async def detach(self) -> None:
+        """Unmount it, whoever has it open. What hinders that is logged: with `fd` closed, nothing waits for us."""
+        try:
+            await self.unmount(lazy=True)
+        except (Error, TimeoutError) as error:
+            log.warning("%s", error or f"'{self.path}' cannot be unmounted now")
+
 
 async def mount(path: str, *, source: str, allow_other: FuseExportAllowOther) -> Mount:
     """Mount over the regular file at `path`; `source` is what tools show as mounted there. Raises Error.
@@ -62,8 +85,13 @@ async def mount(path: str, *, source: str, allow_other: FuseExportAllowOther) ->
         real = await within(LOOK_SECONDS, mountpoint.prepare, path)
         return await within(MOUNT_SECONDS, _mount, real, source[:MAX_SOURCE], allow_other, undo=_take_back)
     except TimeoutError as error:
-        hint = "If that is a FUSE file system, `umount -f` ends it; if it is a network's, its server does not answer."
-        raise Error(ErrorKind.IO, f"What is mounted at '{path}' does not answer", hint=hint, path=path) from error
+        raise does_not_answer(path) from error
+
+
+def does_not_answer(path: str) -> Error:
+    """What to say when a look at `path` takes for ever."""
+    hint = "If that is a FUSE file system, `umount -f` ends it; if it is a network's, its server does not answer."
+    return Error(ErrorKind.IO, f"What is mounted at '{path}' does not answer", hint=hint, path=path)
 
 
 def unmount(device: str, lazy: bool) -> None:
