@@ -32,7 +32,7 @@ class FuseMount:
     async def unmount(self, *, force: bool = False) -> None:
         """End it, if that has not happened yet; `force` cuts off who has the file open.
 
-        A file that was made for this is gone when it returns. Raises Error(BUSY) if somebody has it open, unless forced.
+        A file that was made for this is gone when it returns. Raises Error(BUSY) if it is open, unless forced.
         """
         if self._ended.done():
             return
