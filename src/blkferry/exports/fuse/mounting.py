@@ -77,13 +77,13 @@ class Mount:
 
 
 async def mount(path: str, *, source: str, allow_other: FuseExportAllowOther) -> Mount:
-    """Mount over the regular file at `path`; `source` is what tools show as mounted there. Raises Error.
+    """Mount over the regular file at `path`; `source` is the image, a path or not, which tools show. Raises Error.
 
     The kernel has sent FUSE_INIT when this returns. Nobody can use the file before that is answered.
     """
     try:
         real = await within(LOOK_SECONDS, mountpoint.prepare, path)
-        return await within(MOUNT_SECONDS, _mount, real, source[:MAX_SOURCE], allow_other, undo=_take_back)
+        return await within(MOUNT_SECONDS, _mount, real, source, allow_other, undo=_take_back)
     except TimeoutError as error:
         raise does_not_answer(path) from error
 
@@ -116,6 +116,7 @@ def _take_back(mounted: Mount) -> None:
 
 def _mount(path: str, source: str, allow_other: FuseExportAllowOther) -> Mount:
     options = ["default_permissions", f"max_read={MAX_READ}"]
+    source = (os.path.abspath(source) if os.path.lexists(source) else source)[:MAX_SOURCE]
     match allow_other:
         case FuseExportAllowOther.OFF:
             fd, others = _mount_with(path, source, options), False
