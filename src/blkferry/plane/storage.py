@@ -264,7 +264,7 @@ class Storage:
         """Whether `fast_write` may be called: nobody is reading the edges of a write in order to write them back."""
         return not self._edge_writers
 
-    def fast_write(self, buffer: Buffer, length: int, offset: int, fua: bool, done: Done) -> None:
+    def fast_write(self, buffer: Buffer, length: int, offset: int, fua: bool, done: Done, start: int = 0) -> None:
         """`write`, for aligned ranges and without queueing behind others; ask `write_shortcut` first."""
         self._fast_writes.begin()
 
@@ -272,7 +272,7 @@ class Storage:
             self._fast_writes.end()
             done(result)
 
-        self.write(buffer, 0, length, offset, fua, finish)
+        self.write(buffer, start, length, offset, fua, finish)
 
     @contextlib.asynccontextmanager
     async def exclusive(self, start: int, end: int) -> AsyncIterator[None]:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
+import os
 from typing import ClassVar
 
+from blkferry.errors import Error, ErrorKind
 from blkferry.exports.base import Export, Host
+from blkferry.exports.fuse.inode import Inode
+from blkferry.exports.fuse.limits import READY_SECONDS
+from blkferry.exports.fuse.mounting import Mount, mount
+from blkferry.exports.fuse.session import Session
+from blkferry.exports.places import Places
 from blkferry.graph.permissions import Permission
 from blkferry.graph.root import Root
-from blkferry.schema.export import BlockExportOptions, BlockExportOptionsFuse
+from blkferry.schema.export import BlockExportClient, BlockExportOptions, BlockExportOptionsFuse
 
 
 class FuseExport(Export):
-    """An export by FUSE."""
+    """An export by FUSE; its session lives on the node's loop, everything else on the main loop."""
 
     kind: ClassVar[str] = "fuse"
     options_type: ClassVar[type[BlockExportOptions]] = BlockExportOptionsFuse
@@ -20,6 +29,9 @@ class FuseExport(Export):
     def __init__(self, host: Host, options: BlockExportOptions, root: Root) -> None:
         super().__init__(host, options, root)
         assert isinstance(options, BlockExportOptionsFuse)
+        self.places = Places(root, writable=options.writable)
+        self._mount: Mount | None = None
+        self._session: Session | None = None
 
     @classmethod
     def permissions(cls, options: BlockExportOptions) -> tuple[Permission, Permission]:
@@ -28,3 +40,95 @@ class FuseExport(Export):
         if options.writable or options.growable:  # truncate(2) changes the size, even where writes do not
             used |= Permission.RESIZE
         return used, shared
+
+    async def start(self) -> None:
+        options = self.options
+        self._mount = await mount(options.mountpoint, source=f"blkferry:{options.id}", allow_other=options.allow_other)
+        self.places.size = self.root.node.length
+        self._session = Session(
+            self._mount.fd,
+            self.root,
+            self.places,
+            Inode(writable=options.writable, allow_other=self._mount.allow_other),
+            writable=options.writable,
+            growable=options.growable,
+            on_ended=self._ended,
+        )
+        self._session_call(self._session.resume)
+        try:
+            async with asyncio.timeout(READY_SECONDS):
+                await self.root.services.run(self._session.ready())
+        except TimeoutError:
+            await self.stop()
+            raise Error(
+                ErrorKind.UNSUPPORTED,
+                f"The kernel's FUSE and ours did not agree on '{options.mountpoint}'",
+                hint="It takes Linux 5.4 or newer.",
+                errno=errno.EPROTO,
+            ) from None
+
+    def _ended(self) -> None:
+        """The file was unmounted by somebody else. Called on the node's loop."""
+
+    async def stop(self) -> None:
+        session, mounted = self._session, self._mount
+        if mounted is None:
+            return
+        try:
+            await mounted.unmount(lazy=True)
+        finally:
+            if session is None:
+                os.close(mounted.fd)
+            else:
+                session.close()
+                await session.in_flight.idle()
+
+    async def drain(self) -> None:
+        if self._session is not None:
+            await self._session.in_flight.idle()
+
+    def retired(self, start: int, end: int | None) -> None:
+        length = self.root.node.length
+        if self.places.size != length:
+            self.places.size = length
+            if self._session is not None:
+                self._session.attributes_changed()
+        self.places.retired(start, end)
+
+    @property
+    def in_use(self) -> Error | None:
+        session = self._session
+        if session is None or not session.handles:
+            return None
+        pids = ", ".join(map(str, sorted({handle.pid for handle in list(session.handles.values())})))
+        return Error(
+            ErrorKind.BUSY,
+            f"export '{self.options.id}' still in use",
+            hint=f"Use mode='hard' to force client disconnect. Processes that have it open: {pids}.",
+        )
+
+    def connected(self) -> list[BlockExportClient]:
+        session = self._session
+        if session is None or not session.handles:
+            return []
+        pids = sorted({handle.pid for handle in list(session.handles.values())})
+        return [
+            BlockExportClient(
+                peer=f"processes {', '.join(map(str, pids))}",
+                requests=session.requests,
+                received=session.received,
+                sent=session.sent,
+            )
+        ]
+
+    async def pause(self) -> None:
+        if self._session is not None:
+            await self.root.services.run(self._session.pause())
+        self.places.drop()
+
+    async def resume(self) -> None:
+        if self._session is not None:
+            self._session_call(self._session.resume)
+
+    def _session_call(self, call: object) -> None:
+        self.root.services.loop.call_soon_threadsafe(call)  # type: ignore[arg-type]

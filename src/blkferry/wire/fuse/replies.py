@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import struct
 from typing import Final, NamedTuple
 
+from blkferry.errors import Error, ErrorKind
 from blkferry.wire.fuse.constants import ROOT_ID, Notify
 
 OUT_HEADER: Final = struct.Struct("=IiQ")
@@ -12,6 +14,20 @@ OUT_HEADER: Final = struct.Struct("=IiQ")
 
 WRITE_REPLY: Final = struct.Struct("=IiQI4x")
 """A whole reply to WRITE: header, and how many bytes were written."""
+
+ERRNO_OF_KIND: Final = {
+    ErrorKind.NOT_FOUND: errno.ENOENT,
+    ErrorKind.EXISTS: errno.EEXIST,
+    ErrorKind.BUSY: errno.EBUSY,
+    ErrorKind.DENIED: errno.EACCES,
+    ErrorKind.INVALID_ARGUMENT: errno.EINVAL,
+    ErrorKind.UNSUPPORTED: errno.EOPNOTSUPP,
+    ErrorKind.CORRUPT: errno.EIO,
+    ErrorKind.IO: errno.EIO,
+    ErrorKind.NO_SPACE: errno.ENOSPC,
+    ErrorKind.GONE: errno.EIO,
+    ErrorKind.UNKNOWN_COMMAND: errno.ENOSYS,
+}
 
 _ATTR: Final = struct.Struct("=6Q10I")
 _ATTR_OUT: Final = struct.Struct("=QI4x")
@@ -45,7 +61,13 @@ class Attributes(NamedTuple):
     blksize: int
 
 
-def success(unique: int, payload: bytes = b"") -> bytes:
+def errno_of(error: Error) -> int:
+    """What the kernel is told of an error: what the system said, if that is where it comes from."""
+    told = error.facts.get("errno")
+    return told if isinstance(told, int) and told > 0 else ERRNO_OF_KIND[error.kind]
+
+
+def success(unique: int, payload: bytes | bytearray = b"") -> bytes:
     """The reply to a request that was executed."""
     return OUT_HEADER.pack(OUT_HEADER.size + len(payload), 0, unique) + payload
 

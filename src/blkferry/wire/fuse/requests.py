@@ -46,7 +46,7 @@ class InHeader(NamedTuple):
 
 
 class Init(NamedTuple):
-    """INIT. `flags2` is the upper half of the flags, where there is one."""
+    """INIT. `flags2` is the upper half of the flags, for kernels that have it."""
 
     major: int
     minor: int
@@ -217,5 +217,6 @@ def _parse_init(payload: memoryview, unique: int) -> Init:
     if len(payload) >= _INIT.size:
         return Init(*_INIT.unpack_from(payload))
     if len(payload) >= _INIT_SHORT.size:
-        return Init(*_INIT_SHORT.unpack_from(payload), 0)
+        major, minor, max_readahead, flags = _INIT_SHORT.unpack_from(payload)
+        return Init(major, minor, max_readahead, flags, 0)
     raise ProtocolError(f"INIT has {len(payload)} bytes after its header instead of {_INIT.size}", unique)
