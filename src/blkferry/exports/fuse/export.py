@@ -69,6 +69,7 @@ class FuseExport(Export):
 
     def _ended(self) -> None:
         """The file was unmounted by somebody else. Called on the node's loop."""
+        self.host.export_ended(self.options.id)
 
     async def stop(self) -> None:
         session, mounted = self._session, self._mount

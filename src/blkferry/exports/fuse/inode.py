@@ -30,7 +30,7 @@ class Inode:
         self._made = self._changed = self.modified = time.time_ns()
 
     def attributes(self, size: int, allocated: int | None) -> Attributes:
-        """What stat(2) shows of a file of `size` bytes; `allocated` of them have space behind them, if that is known."""
+        """What stat(2) shows of a file of `size` bytes; `allocated` of them take space, if that is known."""
         return Attributes(
             size=size,
             blocks=((size if allocated is None else allocated) + 511) // 512,

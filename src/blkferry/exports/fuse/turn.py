@@ -11,6 +11,7 @@ file is not one piece. Every request is answered before the next is received, so
 from __future__ import annotations
 
 import os
+import resource
 import time
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,11 @@ _READ, _WRITE = int(Opcode.READ), int(Opcode.WRITE)
 _OUT, _WRITTEN = OUT_HEADER.size, WRITE_REPLY.size
 
 
+def _sleeps() -> int:
+    """How often this thread has given the processor up to wait for something."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+
+
 def serve(session: Session) -> None:
     """Serve what the kernel asks, until there is nothing more to serve at once or others have to be."""
     services, device, places, root, inode = (
@@ -48,7 +54,7 @@ def serve(session: Session) -> None:
     scratch = services.scratch_view
     budget, left = TURN_BYTES, TURN_REQUESTS
     read_end = write_end = hot_end = delta = map_end = inline_flags = hot = size = bits = mark_bits = slot_size = 0
-    fd = -1
+    fd = sleeps = -1
     pieces = put = marked = marking = window = None
     slot: tuple[memoryview] = (scratch,)
     current: Lane | Places | None = places
@@ -154,6 +160,8 @@ def serve(session: Session) -> None:
                 if lane is not None and lane is not current:
                     current = lane
                     storage, fd, inline_flags, marks, mapped, map_end, hot, window = lane.ready(places.turn)
+            if sleeps < 0:
+                sleeps = _sleeps()
             if end <= write_end and count:
                 if marked is not None:
                     stretch = offset >> mark_bits
@@ -201,7 +209,7 @@ def serve(session: Session) -> None:
                 stale = True
             budget -= count
             stalled = monotonic() - began
-            if stalled > STALL_SECONDS:
+            if stalled > STALL_SECONDS and _sleeps() > sleeps:  # else others had the processor meanwhile
                 throttled.inline_writes_from = began + stalled + STALL_PENALTY * stalled
                 stale = True
             if not stale:
