@@ -18,8 +18,8 @@ from cli_process import program
 
 from blkferry.errors import Error, ErrorKind
 
-PATIENCE = 110.0
-"""Seconds after which a daemon is killed, and the tests that still use it fail."""
+PATIENCE = 300.0
+"""Seconds after which a daemon is killed: whoever waits for one of its files could not be."""
 
 
 class QmpProcess:
