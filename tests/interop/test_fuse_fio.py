@@ -50,7 +50,7 @@ def add_node(daemon: QmpProcess, tmp_path: Path, kind: str) -> None:
 
 
 def fio(path: Path, *options: str) -> None:
-    verify = ("--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--randrepeat=0")
+    verify = ("--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--randrepeat=0", "--verify_state_save=0")
     said = peers.run("fio", "--name=job", f"--filename={path}", f"--size={SIZE}", *verify, *options, timeout=100).stdout
     assert "err= 0" in said, said
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from blkferry.daemon.mountpoints import released
 from blkferry.errors import Error, ErrorKind
 from blkferry.exports.fuse import fusermount, mountinfo, mountpoint
-from blkferry.exports.fuse.mounting import does_not_answer
+from blkferry.exports.fuse.mounting import does_not_answer, sync
 from blkferry.exports.fuse.users import users
 from blkferry.plane import syscalls
 from blkferry.plane.patience import within
@@ -66,16 +66,8 @@ def _unmount(path: str) -> None:
 async def _cut_off(mounted: mountinfo.Mounted) -> None:
     """Unmount a file that is open, and fail whatever those who have it open ask from now on."""
     with contextlib.suppress(OSError, TimeoutError):
-        await within(UNMOUNT_SECONDS, _sync, mounted.path)
+        await within(UNMOUNT_SECONDS, sync, mounted.path)
     await within(UNMOUNT_SECONDS, _force, mounted)
-
-
-def _sync(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _force(mounted: mountinfo.Mounted) -> None:

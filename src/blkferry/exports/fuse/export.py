@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from blkferry.errors import Error, ErrorKind
 from blkferry.exports.base import Export, Host
@@ -43,7 +43,8 @@ class FuseExport(Export):
 
     async def start(self) -> None:
         options = self.options
-        self._mount = await mount(options.mountpoint, source=f"blkferry:{options.id}", allow_other=options.allow_other)
+        image = self.root.node.filename() or self.root.node.name
+        self._mount = await mount(options.mountpoint, source=image, allow_other=options.allow_other)
         self.places.size = self.root.node.length
         self._session = Session(
             self._mount.fd,
@@ -59,7 +60,7 @@ class FuseExport(Export):
             async with asyncio.timeout(READY_SECONDS):
                 await self.root.services.run(self._session.ready())
         except TimeoutError:
-            await self.stop()
+            await self.root.services.run(self.stop())
             raise Error(
                 ErrorKind.UNSUPPORTED,
                 f"The kernel's FUSE and ours did not agree on '{options.mountpoint}'",
@@ -71,18 +72,20 @@ class FuseExport(Export):
         """The file was unmounted by somebody else. Called on the node's loop."""
         self.host.export_ended(self.options.id)
 
+    async def leave(self) -> None:
+        if self._mount is not None:
+            await self._mount.leave(self.options.id)
+
     async def stop(self) -> None:
         session, mounted = self._session, self._mount
         if mounted is None:
             return
-        try:
-            await mounted.unmount(lazy=True)
-        finally:
-            if session is None:
-                os.close(mounted.fd)
-            else:
-                session.close()
-                await session.in_flight.idle()
+        await mounted.detach()
+        if session is None:
+            os.close(mounted.fd)
+        else:
+            session.close()
+            await session.in_flight.idle()
 
     async def drain(self) -> None:
         if self._session is not None:
@@ -95,18 +98,6 @@ class FuseExport(Export):
             if self._session is not None:
                 self._session.attributes_changed()
         self.places.retired(start, end)
-
-    @property
-    def in_use(self) -> Error | None:
-        session = self._session
-        if session is None or not session.handles:
-            return None
-        pids = ", ".join(map(str, sorted({handle.pid for handle in list(session.handles.values())})))
-        return Error(
-            ErrorKind.BUSY,
-            f"export '{self.options.id}' still in use",
-            hint=f"Use mode='hard' to force client disconnect. Processes that have it open: {pids}.",
-        )
 
     def connected(self) -> list[BlockExportClient]:
         session = self._session
@@ -121,6 +112,11 @@ class FuseExport(Export):
                 sent=session.sent,
             )
         ]
+
+    def details(self) -> dict[str, Any]:
+        if self._mount is None:
+            return {}
+        return {"mountpoint": self._mount.path, "allow_other": self._mount.allow_other}
 
     async def pause(self) -> None:
         if self._session is not None:

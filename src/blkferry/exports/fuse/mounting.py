@@ -6,6 +6,7 @@ system that does not answer, or one that this very process serves.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -32,6 +33,7 @@ MAX_SOURCE = 1024
 LOOK_SECONDS = 5.0
 MOUNT_SECONDS = 15.0
 UNMOUNT_SECONDS = 10.0
+SYNC_SECONDS = 5.0
 """How long to wait for what takes no time unless it never ends. Unmounting waits for pages that are still dirty."""
 
 
@@ -69,9 +71,19 @@ class Mount:
             raise Error(ErrorKind.BUSY, f"export '{export_id}' still in use", hint=hint) from error
 
     async def detach(self) -> None:
-        """Unmount it, whoever has it open. What hinders that is logged: with `fd` closed, nothing waits for us."""
+        """Unmount it, whoever has it open. What hinders that is logged: with `fd` closed, nothing waits for us.
+
+        The kernel may hold data that programs have written by mmap(2); it gets the time to give them to us.
+        """
         try:
-            await self.unmount(lazy=True)
+            try:
+                await self.unmount(lazy=False)
+            except Error as error:
+                if error.kind is not ErrorKind.BUSY:
+                    raise
+                with contextlib.suppress(OSError, TimeoutError):
+                    await within(SYNC_SECONDS, sync, self.path)
+                await self.unmount(lazy=True)
         except (Error, TimeoutError) as error:
             log.warning("%s", error or f"'{self.path}' cannot be unmounted now")
 
@@ -92,6 +104,15 @@ def does_not_answer(path: str) -> Error:
     """What to say when a look at `path` takes for ever."""
     hint = "If that is a FUSE file system, `umount -f` ends it; if it is a network's, its server does not answer."
     return Error(ErrorKind.IO, f"What is mounted at '{path}' does not answer", hint=hint, path=path)
+
+
+def sync(path: str) -> None:
+    """Have the kernel write what programs have changed in the mounted file. Blocks; raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def unmount(device: str, lazy: bool) -> None:
