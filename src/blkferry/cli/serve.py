@@ -6,6 +6,7 @@ Standard output carries what was asked for (where the exports are), standard err
 from __future__ import annotations
 
 import enum
+import functools
 import os
 import shlex
 import socket
@@ -204,14 +205,17 @@ async def open_image(
 ) -> Node:
     """Open an image as a node. Raises Error."""
     await add_credentials(daemon, image)
-    options = images.options_for(
-        image,
-        name,
-        writable=writable or image.startswith(images.MEMORY),
-        image_format=image_format,
-        direct=direct,
-        discard=discard,
-        secrets_of=daemon,
+    options = await daemon.services.in_thread(
+        functools.partial(
+            images.options_for,
+            image,
+            name,
+            writable=writable or image.startswith(images.MEMORY),
+            image_format=image_format,
+            direct=direct,
+            discard=discard,
+            secrets_of=daemon,
+        )
     )
     try:
         return await daemon.graph.add(options)

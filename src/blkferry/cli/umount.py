@@ -75,7 +75,7 @@ def _force(mounted: mountinfo.Mounted) -> None:
         syscalls.umount(mounted.path, syscalls.MNT_FORCE | syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
     except PermissionError:
         # Who mounts by fusermount3 may abort as well, where the kernel shows how; else it ends with the last close.
-        with contextlib.suppress(OSError), open(ABORT.format(mounted.device.partition(":")[2]), "w") as abort:
+        with contextlib.suppress(OSError), open(ABORT.format(mounted.device), "w") as abort:
             abort.write("1")
         fusermount.unmount(mounted.path, lazy=True)
     except OSError as error:

@@ -6,6 +6,7 @@ It is the Python API too: `async with Daemon() as daemon`. All methods are to be
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import logging
 import os
@@ -209,8 +210,9 @@ class Daemon:
         """
         name = node_name or self._free_name("disk", self.graph.nodes)
         await add_credentials(self, os.fspath(image))
-        node = await self.graph.add(
-            images.options_for(
+        options = await self.services.in_thread(
+            functools.partial(
+                images.options_for,
                 os.fspath(image),
                 name,
                 writable=writable,
@@ -219,6 +221,7 @@ class Daemon:
                 secrets_of=self,
             )
         )
+        node = await self.graph.add(options)
         try:
             return await Disk.attach(self.graph, node, writable=writable, owns_node=True)
         except BaseException:

@@ -45,6 +45,7 @@ class FuseExport(Export):
         options = self.options
         image = self.root.node.filename() or self.root.node.name
         self._mount = await mount(options.mountpoint, source=image, allow_other=options.allow_other)
+        self.host.graph.shown[self._mount.device] = self.root.node.name
         self.places.size = self.root.node.length
         self._session = Session(
             self._mount.fd,
@@ -86,6 +87,7 @@ class FuseExport(Export):
         else:
             session.close()
             await session.in_flight.idle()
+        self.host.graph.shown.pop(mounted.device, None)
 
     async def drain(self) -> None:
         if self._session is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,9 +18,9 @@ _NOT_ON_ANYTHING = "-"
 
 @dataclass(frozen=True, slots=True)
 class Mounted:
-    """A mount. `device` is the st_dev of what is in it, as "major:minor"; `source` is the image, for mounts of ours."""
+    """A mount. `device` is the st_dev of what is in it; `source` is the image, for mounts of ours."""
 
-    device: str
+    device: int
     path: str
     type: str
     source: str
@@ -48,7 +49,8 @@ def parse(text: str) -> Iterator[Mounted]:
     for line in text.splitlines():
         _id, _parent, device, _root, path, *rest = line.split(" ")
         kind, source, options = rest[rest.index(_NOT_ON_ANYTHING) + 1 :]
-        yield Mounted(device, _plain(path), kind, _plain(source), options)
+        major, _, minor = device.partition(":")
+        yield Mounted(os.makedev(int(major), int(minor)), _plain(path), kind, _plain(source), options)
 
 
 def topmost(path: str) -> Mounted | None:
@@ -56,7 +58,7 @@ def topmost(path: str) -> Mounted | None:
     return next((mounted for mounted in reversed(mounts()) if mounted.path == path), None)
 
 
-def by_device(device: str) -> Mounted | None:
+def by_device(device: int) -> Mounted | None:
     """Where a file system is mounted, None when it is not any more."""
     return next((mounted for mounted in reversed(mounts()) if mounted.device == device), None)
 

@@ -42,12 +42,12 @@ class Mount:
     """A mounted file system, which is dead as soon as its last descriptor is closed.
 
     `fd` is the non-blocking descriptor of /dev/fuse, and belongs to whoever has this. `device` is what the file's
-    st_dev is, as "major:minor". `allow_other` tells whether other users are let in.
+    st_dev is. `allow_other` tells whether other users are let in.
     """
 
     fd: int
     path: str
-    device: str
+    device: int
     allow_other: bool
 
     async def unmount(self, *, lazy: bool) -> None:
@@ -115,7 +115,7 @@ def sync(path: str) -> None:
         os.close(fd)
 
 
-def unmount(device: str, lazy: bool) -> None:
+def unmount(device: int, lazy: bool) -> None:
     """Unmount a file system, wherever it is by now. Blocks; raises Error."""
     mounted = mountinfo.by_device(device)
     if mounted is None:
