@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import errno
+import contextlib
 import os
 from typing import Any, ClassVar
 
@@ -42,31 +42,34 @@ class FuseExport(Export):
         return used, shared
 
     async def start(self) -> None:
-        options = self.options
         image = self.root.node.filename() or self.root.node.name
-        self._mount = await mount(options.mountpoint, source=image, allow_other=options.allow_other)
+        await self.serve(await mount(self.options.mountpoint, source=image, allow_other=self.options.allow_other))
+
+    async def serve(self, mounted: Mount) -> None:
+        """Serve what is mounted, which the export takes over; raise Error if the kernel is not one of ours."""
+        options = self.options
+        self._mount = mounted
         self.places.size = self.root.node.length
         self._session = Session(
-            self._mount.fd,
+            mounted.fd,
             self.root,
             self.places,
-            Inode(writable=options.writable, allow_other=self._mount.allow_other),
+            Inode(writable=options.writable, allow_other=mounted.allow_other),
             writable=options.writable,
             growable=options.growable,
             on_ended=self._ended,
         )
         self._session_call(self._session.resume)
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(READY_SECONDS):
                 await self.root.services.run(self._session.ready())
-        except TimeoutError:
+        if self._session.agreed is None:
             await self.root.services.run(self.stop())
             raise Error(
                 ErrorKind.UNSUPPORTED,
                 f"The kernel's FUSE and ours did not agree on '{options.mountpoint}'",
                 hint="It takes Linux 5.4 or newer.",
-                errno=errno.EPROTO,
-            ) from None
+            )
 
     def _ended(self) -> None:
         """The file was unmounted by somebody else. Called on the node's loop."""

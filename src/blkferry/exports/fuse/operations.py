@@ -98,14 +98,16 @@ def execute(session: Session, message: memoryview) -> None:
         session.reply(answer)
 
 
-def _init(session: Session, request: Request) -> bytes:
+def _init(session: Session, request: Request) -> bytes | None:
     unique, wanted = request.header.unique, request.body
     assert isinstance(wanted, Init)
     if session.agreed is not None:
         return failure(unique, errno.EIO)
     if init.too_old(wanted):
         session.complain(f"the kernel speaks FUSE {wanted.major}.{wanted.minor}, which is too old")
-        return failure(unique, errno.EPROTO)
+        session.reply(failure(unique, errno.EPROTO))
+        session.close()
+        return None
     answer, agreed = init.answer(unique, wanted, page_size=_PAGE_SIZE, passthrough=False)
     if agreed is not None:
         session.agree(agreed)
