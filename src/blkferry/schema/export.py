@@ -153,6 +153,15 @@ class BlockExportOptionsFuse(BlockExportOptions):
             since="6.1",
         ),
     ] = FuseExportAllowOther.AUTO
+    passthrough: Annotated[
+        bool,
+        Doc(
+            "let the kernel read and write a plain raw image by itself: as fast as the image, and unseen. While the "
+            "file is open, bitmaps, snapshots and other changes of the node are refused. Takes growable if writable, "
+            "and Linux 6.9",
+            features=(EXTENSION,),
+        ),
+    ] = False
 
 
 class BlockExportRemoveMode(enum.StrEnum):

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import errno
+import contextlib
+import logging
 import os
 from typing import Any, ClassVar
 
 from blkferry.errors import Error, ErrorKind
 from blkferry.exports.base import Export, Host
 from blkferry.exports.fuse.inode import Inode
-from blkferry.exports.fuse.limits import READY_SECONDS
+from blkferry.exports.fuse.limits import READY_SECONDS, RELEASE_SECONDS
 from blkferry.exports.fuse.mounting import Mount, mount
 from blkferry.exports.fuse.session import Session
 from blkferry.exports.places import Places
 from blkferry.graph.permissions import Permission
 from blkferry.graph.root import Root
 from blkferry.schema.export import BlockExportClient, BlockExportOptions, BlockExportOptionsFuse
+from blkferry.wire.fuse.constants import InitFlag
+
+log = logging.getLogger(__name__)
 
 
 class FuseExport(Export):
@@ -42,32 +46,61 @@ class FuseExport(Export):
         return used, shared
 
     async def start(self) -> None:
-        options = self.options
+        if self.options.passthrough and self.options.writable and not self.options.growable:
+            raise Error(
+                ErrorKind.INVALID_ARGUMENT,
+                "Parameter 'passthrough' needs 'growable' where 'writable' is given",
+                hint="The kernel writes behind the end of the image, too.",
+            )
         image = self.root.node.filename() or self.root.node.name
-        self._mount = await mount(options.mountpoint, source=image, allow_other=options.allow_other)
-        self.host.graph.shown[self._mount.device] = self.root.node.name
+        await self.serve(await mount(self.options.mountpoint, source=image, allow_other=self.options.allow_other))
+
+    async def serve(self, mounted: Mount) -> None:
+        """Serve what is mounted, which the export takes over; raise Error if the kernel is not one of ours."""
+        options = self.options
+        self._mount = mounted
+        self.host.graph.shown[mounted.device] = self.root.node.name
         self.places.size = self.root.node.length
         self._session = Session(
-            self._mount.fd,
+            mounted.fd,
             self.root,
             self.places,
-            Inode(writable=options.writable, allow_other=self._mount.allow_other),
+            Inode(writable=options.writable, allow_other=mounted.allow_other),
             writable=options.writable,
             growable=options.growable,
+            passthrough=options.passthrough,
             on_ended=self._ended,
         )
         self._session_call(self._session.resume)
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(READY_SECONDS):
                 await self.root.services.run(self._session.ready())
-        except TimeoutError:
+        if self._session.agreed is None:
             await self.root.services.run(self.stop())
             raise Error(
                 ErrorKind.UNSUPPORTED,
                 f"The kernel's FUSE and ours did not agree on '{options.mountpoint}'",
                 hint="It takes Linux 5.4 or newer.",
-                errno=errno.EPROTO,
-            ) from None
+            )
+        if options.passthrough:
+            try:
+                await self.root.services.run(self._try_passthrough(self._session))
+            except Error:
+                await self.root.services.run(self.stop())
+                raise
+
+    async def _try_passthrough(self, session: Session) -> None:
+        passthrough = session.passthrough
+        assert passthrough is not None
+        assert session.agreed is not None
+        if InitFlag.PASSTHROUGH not in session.agreed.flags:
+            raise Error(
+                ErrorKind.UNSUPPORTED,
+                "The kernel has no FUSE passthrough",
+                hint="It takes Linux 6.9 or newer, built with CONFIG_FUSE_PASSTHROUGH.",
+            )
+        passthrough.open()
+        passthrough.release()
 
     def _ended(self) -> None:
         """The file was unmounted by somebody else. Called on the node's loop."""
@@ -82,12 +115,23 @@ class FuseExport(Export):
         if mounted is None:
             return
         await mounted.detach()
+        if session is not None and session.passthrough is not None and session.passthrough.opened:
+            await self._wait_for_passthrough(session)
         if session is None:
             os.close(mounted.fd)
         else:
             session.close()
             await session.in_flight.idle()
         self.host.graph.shown.pop(mounted.device, None)
+
+    async def _wait_for_passthrough(self, session: Session) -> None:
+        """Who was let through to the image cannot be cut off: wait for them for a while."""
+        try:
+            async with asyncio.timeout(RELEASE_SECONDS):
+                await session.all_released()
+        except TimeoutError:
+            pids = ", ".join(map(str, session.pids))
+            log.warning("%s: processes %s can still use the image by passthrough", self.root.describe(), pids)
 
     async def drain(self) -> None:
         if self._session is not None:
@@ -105,10 +149,9 @@ class FuseExport(Export):
         session = self._session
         if session is None or not session.handles:
             return []
-        pids = sorted({handle.pid for handle in list(session.handles.values())})
         return [
             BlockExportClient(
-                peer=f"processes {', '.join(map(str, pids))}",
+                peer=f"processes {', '.join(map(str, session.pids))}",
                 requests=session.requests,
                 received=session.received,
                 sent=session.sent,
@@ -121,6 +164,14 @@ class FuseExport(Export):
         return {"mountpoint": self._mount.path, "allow_other": self._mount.allow_other}
 
     async def pause(self) -> None:
+        session = self._session
+        if session is not None and session.passthrough is not None and session.passthrough.opened:
+            raise Error(
+                ErrorKind.BUSY,
+                f"Export '{self.options.id}' is open by passthrough",
+                hint="The kernel reads and writes the image by itself until these processes close "
+                f"'{self.options.mountpoint}': {', '.join(map(str, session.pids))}.",
+            )
         if self._session is not None:
             await self.root.services.run(self._session.pause())
         self.places.drop()

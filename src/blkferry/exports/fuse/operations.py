@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, Final
 
+from blkferry.errors import Error
 from blkferry.exports.fuse import transfers
 from blkferry.exports.fuse.limits import ATTRIBUTES_SECONDS, BLOCK_SIZE, MAX_SIZE, PUNCH_BY_WRITING
 from blkferry.graph.node import depends_on
@@ -98,15 +99,17 @@ def execute(session: Session, message: memoryview) -> None:
         session.reply(answer)
 
 
-def _init(session: Session, request: Request) -> bytes:
+def _init(session: Session, request: Request) -> bytes | None:
     unique, wanted = request.header.unique, request.body
     assert isinstance(wanted, Init)
     if session.agreed is not None:
         return failure(unique, errno.EIO)
     if init.too_old(wanted):
         session.complain(f"the kernel speaks FUSE {wanted.major}.{wanted.minor}, which is too old")
-        return failure(unique, errno.EPROTO)
-    answer, agreed = init.answer(unique, wanted, page_size=_PAGE_SIZE, passthrough=False)
+        session.reply(failure(unique, errno.EPROTO))
+        session.close()
+        return None
+    answer, agreed = init.answer(unique, wanted, page_size=_PAGE_SIZE, passthrough=session.passthrough is not None)
     if agreed is not None:
         session.agree(agreed)
     return answer
@@ -116,6 +119,10 @@ def _init(session: Session, request: Request) -> bytes:
 
 
 def _attributes(session: Session) -> Attributes:
+    passthrough = session.passthrough
+    if passthrough is not None and passthrough.opened:
+        passthrough.catch_up()
+        session.inode.modified = max(session.inode.modified, passthrough.modified())
     return session.inode.attributes(session.places.size, _allocated(session))
 
 
@@ -182,32 +189,46 @@ def _open(session: Session, request: Request) -> bytes | None:
     truncates = bool(wanted.flags & os.O_TRUNC)
     if (writes or truncates) and not session.writable:
         return failure(header.unique, errno.EACCES)
-    # The page cache of this file would not hear of what others write to the node: reads and writes pass by it, and only
-    # mappings use it, where the kernel can do both.
-    how = OpenReply.DIRECT_IO | OpenReply.PARALLEL_DIRECT_WRITES
-    if not writes:
-        how |= OpenReply.NOFLUSH
     if truncates and session.growable:
-        session.spawn(header.unique, _open_truncated(session, request, writes=writes, how=how))
+        session.spawn(header.unique, _open_truncated(session, request, writes=writes))
         return None
     # A file that does not grow keeps its length, as a block device does: nothing could be written to it otherwise.
-    return open_reply(header.unique, session.opened(header.pid, writable=writes), how)
+    return _opened(session, request, writes=writes)
 
 
-async def _open_truncated(session: Session, request: Request, *, writes: bool, how: OpenReply) -> bytes:
+async def _open_truncated(session: Session, request: Request, *, writes: bool) -> bytes:
     await _set_size(session, 0)
-    return open_reply(request.header.unique, session.opened(request.header.pid, writable=writes), how)
+    return _opened(session, request, writes=writes)
+
+
+def _opened(session: Session, request: Request, *, writes: bool) -> bytes:
+    """The page cache of this file would not hear of what others write to the node: reads and writes pass by it, and
+    only mappings use it, where the kernel can do both. All that are open at a time go the same way.
+    """
+    how = OpenReply(0) if writes else OpenReply.NOFLUSH
+    backing_id, passthrough = 0, session.passthrough
+    if passthrough is not None and (passthrough.opened or not session.handles):
+        try:
+            backing_id = passthrough.open()
+        except Error as error:
+            session.complain(error.message)
+    how |= OpenReply.PASSTHROUGH if backing_id else OpenReply.DIRECT_IO | OpenReply.PARALLEL_DIRECT_WRITES
+    header = request.header
+    number = session.opened(header.pid, writable=writes, passes_through=bool(backing_id))
+    return open_reply(header.unique, number, how, backing_id)
 
 
 def _release(session: Session, request: Request) -> bytes:
     assert isinstance(request.body, Release)
-    session.handles.pop(request.body.fh, None)
+    session.released(request.body.fh)
     return success(request.header.unique)
 
 
 def _flush(session: Session, request: Request) -> bytes | None:
     """FLUSH comes with every close, FSYNC when it is asked for: both make what was written durable."""
     unique = request.header.unique
+    if session.passthrough is not None:
+        session.passthrough.catch_up()
     target = session.root.node.flush_target()
     if target is None:
         session.spawn(unique, _flush_node(session, unique))

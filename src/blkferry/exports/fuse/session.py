@@ -35,6 +35,7 @@ from blkferry.exports.fuse.limits import (
     MAX_IN_FLIGHT,
     MAX_IN_FLIGHT_BYTES,
 )
+from blkferry.exports.fuse.passthrough import Passthrough
 from blkferry.plane.buffers import Buffer
 from blkferry.plane.drain import InFlight
 from blkferry.wire.fuse import replies
@@ -57,10 +58,11 @@ _GONE = frozenset({errno.ENODEV, errno.ECONNABORTED, errno.ENOTCONN, errno.EPIPE
 
 
 class Handle(NamedTuple):
-    """An open file: who opened it."""
+    """An open file: who opened it, and whether the kernel reads and writes the image by itself."""
 
     pid: int
     writable: bool
+    passes_through: bool
 
 
 class Session:
@@ -79,6 +81,7 @@ class Session:
         *,
         writable: bool,
         growable: bool,
+        passthrough: bool,
         on_ended: Callable[[], None],
     ) -> None:
         self.fd = fd
@@ -87,6 +90,7 @@ class Session:
         self.inode = inode
         self.writable = writable
         self.growable = growable
+        self.passthrough = Passthrough(fd, root, places) if passthrough else None
         self._on_ended = on_ended
         self.services = root.services
         self.agreed: Agreed | None = None
@@ -99,7 +103,7 @@ class Session:
         self._tasks: set[asyncio.Task[None]] = set()
         self._pending: set[int] = set()
         self._given_up: set[int] = set()
-        self._ready: list[asyncio.Future[None]] = []
+        self._waiters: list[asyncio.Future[None]] = []
         self._reading = False
         self._paused = True  # until resume()
         self._prompt = False
@@ -141,22 +145,44 @@ class Session:
     async def ready(self) -> None:
         """Wait until the kernel and we have agreed on the protocol."""
         while self.agreed is None and not self.closed:
-            waiter = asyncio.get_running_loop().create_future()
-            self._ready.append(waiter)
-            await waiter
+            await self._waken()
 
     def agree(self, agreed: Agreed) -> None:
         self.agreed = agreed
         self._wake()
 
-    def opened(self, pid: int, *, writable: bool) -> int:
+    def opened(self, pid: int, *, writable: bool, passes_through: bool) -> int:
         """Note that a process has the file open; returns the number that requests will name."""
         number, self._next_handle = self._next_handle, self._next_handle + 1
-        self.handles[number] = Handle(pid, writable)
+        self.handles[number] = Handle(pid, writable, passes_through)
         return number
 
+    def released(self, number: int) -> None:
+        """What was opened is closed."""
+        handle = self.handles.pop(number, None)
+        if handle is not None and handle.passes_through and self.passthrough is not None:
+            self.passthrough.catch_up()
+            self.passthrough.release()
+        if not self.handles:
+            self._wake()
+
+    @property
+    def pids(self) -> list[int]:
+        """The processes that opened what is open."""
+        return sorted({handle.pid for handle in list(self.handles.values())})
+
+    async def all_released(self) -> None:
+        """Wait until nobody has the file open."""
+        while self.handles and not self.closed:
+            await self._waken()
+
+    async def _waken(self) -> None:
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        await waiter
+
     def _wake(self) -> None:
-        waiters, self._ready = self._ready, []
+        waiters, self._waiters = self._waiters, []
         for waiter in waiters:
             if not waiter.done():
                 waiter.set_result(None)

@@ -27,7 +27,6 @@ _WANTED: Final = (
     | InitFlag.ASYNC_DIO
     | InitFlag.PARALLEL_DIROPS
     | InitFlag.MAX_PAGES
-    | InitFlag.EXPLICIT_INVAL_DATA
     | InitFlag.INIT_EXT
     | InitFlag.DIRECT_IO_ALLOW_MMAP
 )

@@ -41,6 +41,9 @@ _INVAL_INODE: Final = struct.Struct("=Qqq")
 BACKING_MAP: Final = struct.Struct("=iI8x")
 """The argument of DEV_IOC_BACKING_OPEN: descriptor, flags (0)."""
 
+BACKING_ID: Final = struct.Struct("=I")
+"""The argument of DEV_IOC_BACKING_CLOSE."""
+
 _STATX_BASIC: Final = 0x7FF
 """STATX_BASIC_STATS: type, mode, nlink, uid, gid, three times, inode, size and blocks."""
 
