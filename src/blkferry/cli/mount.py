@@ -45,6 +45,7 @@ class Mounts:
     growable: bool
     image_format: str | None
     allow_other: str
+    passthrough: bool
     over: bool
     direct: bool
     discard: bool
@@ -125,6 +126,7 @@ async def _show(daemon: Daemon, request: Mounts, number: int, image: str, file: 
         writable=not node.read_only,
         growable=request.growable,
         allow_other=FuseExportAllowOther(request.allow_other),
+        passthrough=request.passthrough,
     )
     try:
         made = await mount(daemon, options, over=request.over, owns_node=True)

@@ -34,6 +34,12 @@ PROGRAM = "blkferry"
     help="Let other users in, as far as the file's mode does. It takes root, or user_allow_other in /etc/fuse.conf; "
     "auto does without where that is missing.  [default: auto]",
 )
+@click.option(
+    "--passthrough",
+    is_flag=True,
+    help="Let the kernel read and write a raw image by itself, as fast as the image is; with --writable, also behind "
+    "its end, so that takes --growable.",
+)
 @click.option("--over", is_flag=True, help="Mount also over a FILE that is not empty, which hides what is in it.")
 @click.option("--direct", is_flag=True, help="Bypass the page cache (O_DIRECT) when reading and writing images.")
 @click.option(
@@ -60,6 +66,7 @@ def mount(
     growable: bool,
     image_format: str | None,
     allow_other: str,
+    passthrough: bool,
     over: bool,
     direct: bool,
     discard: bool,
@@ -83,6 +90,8 @@ def mount(
     """  # noqa: D301 - click's mark for lines to be left as they are
     if growable and not writable:
         raise click.UsageError("--growable needs --writable.")
+    if passthrough and writable and not growable:
+        raise click.UsageError("--passthrough with --writable needs --growable: the kernel writes behind the end, too.")
     if len(arguments) > 1 and len(arguments) % 2:
         raise click.UsageError(
             f"{len(arguments)} arguments are not pairs of IMAGE and FILE; several images need a FILE each."
@@ -99,6 +108,7 @@ def mount(
         growable=growable,
         image_format=image_format,
         allow_other=allow_other,
+        passthrough=passthrough,
         over=over,
         direct=direct,
         discard=discard,
