@@ -157,12 +157,11 @@ def test_umount_by_others_ends_it_too(here):
 
 def test_what_a_killed_one_leaves_is_cleared_away(here):
     qcow2("disk.qcow2")
-    for _ in range(2):
-        pid = mount("-w", "disk.qcow2")
-        os.kill(pid, signal.SIGKILL)
-        wait_for(lambda pid=pid: not alive(pid))
-        with pytest.raises(OSError, match="not connected"):
-            os.stat("disk.raw")
+    pid = mount("-w", "disk.qcow2")
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not alive(pid))
+    with pytest.raises(OSError, match="not connected"):
+        os.stat("disk.raw")
     mount("disk.qcow2")
     assert os.path.getsize("disk.raw") == 64 * MIB
     ok("umount", "disk.raw")
@@ -198,26 +197,19 @@ def test_a_file_in_use_is_cut_off_by_force_only(here):
         assert copy.read(11) == b"still there"
 
 
-def test_what_is_wrong_is_said(here):
+def test_what_is_in_the_way_is_said(here):
     qcow2("disk.qcow2")
     Path("full").write_text("something")
     assert refusal("mount", "disk.qcow2", "full") == [
         "blkferry: 'full' is not empty, and what is in it could not be seen while it is mounted over",
         "Name a file that is not there, or an empty one; --over hides what is in it for that time.",
     ]
-    assert refusal("mount", "disk.qcow2", "no/file") == ["blkferry: Cannot make 'no/file': No such file or directory"]
-    assert refusal("mount", "missing.qcow2")[0] == "blkferry: Could not open 'missing.qcow2': No such file or directory"
-    assert refusal("umount", "full")[0] == "blkferry: 'full' is not mounted by blkferry"
-    assert refusal("mount", "a", "b", "c")[-1] == (
-        "Error: 3 arguments are not pairs of IMAGE and FILE; several images need a FILE each."
-    )
-    assert refusal("mount", "--growable", "disk.qcow2")[-1] == "Error: --growable needs --writable."
-    assert sorted(os.listdir()) == ["disk.qcow2", "full"]
     mount("disk.qcow2", "--over", "full")
     assert os.path.getsize("full") == 64 * MIB
-    first, second = refusal("mount", "disk.qcow2", "full")
-    assert first == "blkferry: There already is a FUSE export on 'full'"
-    assert second == f"It shows {here}/disk.qcow2; `blkferry umount full` ends that."
+    assert refusal("mount", "disk.qcow2", "full") == [
+        "blkferry: There already is a FUSE export on 'full'",
+        f"It shows {here}/disk.qcow2; `blkferry umount full` ends that.",
+    ]
     first, second = refusal("umount", "disk.qcow2")
     assert first == "blkferry: 'disk.qcow2' is not mounted by blkferry"
     assert f"{here}/full" in second
