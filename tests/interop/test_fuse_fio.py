@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -103,3 +104,27 @@ def test_cmp_while_another_export_writes(daemon, tmp_path, sockets):
     assert subprocess.run(["cmp", "-s", path, copy], check=False).returncode == 1
     daemon.execute("block-export-del", id="w", mode="hard")
     daemon.execute("nbd-server-stop")
+
+
+@pytest.mark.parametrize("kind", ["raw", "qcow2"])
+def test_while_the_graph_changes(daemon, tmp_path, kind):
+    add_node(daemon, tmp_path, kind)
+    for name in ("one", "two"):
+        daemon.execute("object-add", qom_type="iothread", id=name)
+    path = daemon.mount("n", tmp_path / "disk")
+    options = ("--rw=randwrite", *WORKLOADS["libaio-direct"], "--loops=4")
+    with ThreadPoolExecutor() as pool:
+        verified = pool.submit(fio, path, *options)
+        changes = 0
+        while not verified.done():
+            daemon.execute("block-dirty-bitmap-add", node="n", name="b")
+            daemon.mount("n", tmp_path / "other", "other", iothread=("one", "two")[changes % 2])
+            daemon.execute("block-dirty-bitmap-clear", node="n", name="b")
+            daemon.execute("block-export-del", id="other")
+            daemon.execute("block-dirty-bitmap-remove", node="n", name="b")
+            changes += 1
+        verified.result()
+    assert changes
+    daemon.clear()
+    for name in ("one", "two"):
+        daemon.execute("object-del", id=name)

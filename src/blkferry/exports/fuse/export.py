@@ -39,9 +39,8 @@ class FuseExport(Export):
 
     @classmethod
     def permissions(cls, options: BlockExportOptions) -> tuple[Permission, Permission]:
-        assert isinstance(options, BlockExportOptionsFuse)
         used, shared = super().permissions(options)
-        if options.writable or options.growable:  # truncate(2) changes the size, even where writes do not
+        if options.writable:  # truncate(2) changes the size, even where writes do not
             used |= Permission.RESIZE
         return used, shared
 

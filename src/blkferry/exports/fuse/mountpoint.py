@@ -19,7 +19,7 @@ DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
 
 def prepare(path: str) -> str:
     """The real path of a regular file that may be mounted over. Raises Error."""
-    real = os.path.realpath(path)
+    real = os.path.realpath(path) if path else ""  # an empty one would be the current directory
     while (mounted := mountinfo.topmost(real)) is not None and mounted.ours:
         if not _dead(real):
             hint = f"It shows {mounted.source}; `blkferry umount {path}` ends that."

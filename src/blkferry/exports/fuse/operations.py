@@ -7,6 +7,7 @@ is refused; so is what it cannot have meant.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, Final
@@ -45,9 +46,11 @@ from blkferry.wire.fuse.requests import (
 if TYPE_CHECKING:
     from blkferry.exports.fuse.session import Session
 
+log = logging.getLogger(__name__)
+
 _PAGE_SIZE: Final = os.sysconf("SC_PAGE_SIZE")
 
-_REFUSALS: Final = {
+_REFUSALS: Final[dict[int, int]] = {
     Opcode.LOOKUP: errno.ENOENT,
     Opcode.READLINK: errno.EINVAL,
     Opcode.IOCTL: errno.ENOTTY,
@@ -77,26 +80,36 @@ def execute(session: Session, message: memoryview) -> None:
         if error.unique:
             session.reply(failure(error.unique, errno.EINVAL))
         return
-    header = request.header
-    if header.opcode in UNANSWERED:
+    if request.header.opcode in UNANSWERED:
         if isinstance(request.body, Interrupt):
             session.interrupt(request.body.unique)
         return
-    answer: bytes | None
-    if header.opcode == Opcode.INIT:
-        answer = _init(session, request)
-    elif header.opcode == Opcode.DESTROY:
-        answer = success(header.unique)
-    elif session.agreed is None:
-        answer = failure(header.unique, errno.EIO)
-    elif header.nodeid != ROOT_ID:
-        answer = failure(header.unique, errno.ESTALE)
-    elif (handler := _HANDLERS.get(header.opcode)) is None:
-        answer = failure(header.unique, _REFUSALS.get(header.opcode, errno.ENOSYS))  # type: ignore[call-overload]
-    else:
-        answer = handler(session, request)
+    try:
+        answer = _execute(session, request)
+    except OSError as error:
+        session.fail(request.header.unique, error, "a request")
+        return
+    except Exception:  # our own bug must fail this request, not leave whoever waits for it waiting
+        log.exception("%s: request failed: %r", session.root.describe(), request.header)
+        answer = failure(request.header.unique, errno.EIO)
     if answer is not None:
         session.reply(answer)
+
+
+def _execute(session: Session, request: Request) -> bytes | None:
+    header = request.header
+    if header.opcode == Opcode.INIT:
+        return _init(session, request)
+    if header.opcode == Opcode.DESTROY:
+        return success(header.unique)
+    if session.agreed is None:
+        return failure(header.unique, errno.EIO)
+    if header.nodeid != ROOT_ID:
+        return failure(header.unique, errno.ESTALE)
+    handler = _HANDLERS.get(header.opcode)
+    if handler is None:
+        return failure(header.unique, _REFUSALS.get(header.opcode, errno.ENOSYS))
+    return handler(session, request)
 
 
 def _init(session: Session, request: Request) -> bytes | None:
