@@ -173,8 +173,10 @@ def test_umount_clears_away_what_a_killed_one_leaves(here):
     pid = mount("disk.qcow2")
     os.kill(pid, signal.SIGKILL)
     wait_for(lambda: not alive(pid))
-    ok("umount", "disk.raw")
-    assert os.path.getsize("disk.raw") == 0
+    assert f"{here}/disk.raw: {here}/disk.qcow2, no longer served\n" in ok("mount")
+    done = finish("blkferry", "umount", "disk.qcow2", "disk.raw")
+    assert (done.returncode, done.stderr.splitlines()[0]) == (1, "blkferry: 'disk.qcow2' is not mounted by blkferry")
+    assert os.path.getsize("disk.raw") == 0  # it was unmounted nevertheless
 
 
 def test_a_file_in_use_is_cut_off_by_force_only(here):
@@ -225,3 +227,31 @@ def test_an_image_that_others_write_is_refused(here):
     assert "Is another process using the image" in second
     assert not os.path.exists("other")
     ok("umount", "disk.raw")
+
+
+def test_with_the_options_of_qemu_storage_daemon(here):
+    """Killed, started again over what is left, and ended."""
+    qcow2("disk.qcow2")
+    Path("file").touch()
+    options = [
+        *("--blockdev", "file,node-name=file,filename=disk.qcow2", "--blockdev", "qcow2,node-name=disk,file=file"),
+        *("--export", "type=fuse,id=e,node-name=disk,mountpoint=file,writable=on,allow-other=off"),
+        *("--daemonize", "--pidfile", "pid"),
+    ]
+    for number, word in ((signal.SIGKILL, b"first"), (signal.SIGTERM, b"later")):
+        done = finish("blkferry-qsd", *options)
+        assert (done.returncode, done.stderr) == (0, "")
+        entry = mountinfo.topmost(f"{here}/file")
+        assert (entry.source, "allow_other" in entry.options) == (f"{here}/disk.qcow2", False)
+        with open("file", "r+b") as file:
+            assert file.read(5) == (bytes(5) if word == b"first" else b"first")
+            file.seek(0)
+            file.write(word)
+            os.fsync(file.fileno())
+        pid = int(Path("pid").read_text())
+        os.kill(pid, number)
+        wait_for(lambda pid=pid: not alive(pid))
+    assert (mounted(here), os.path.getsize("file"), os.path.exists("pid")) == ([], 0, False)
+    run("qemu-img", "convert", "-O", "raw", "disk.qcow2", "raw")
+    with open("raw", "rb") as raw:
+        assert raw.read(5) == b"later"

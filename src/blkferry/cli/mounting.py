@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 
@@ -115,7 +116,13 @@ def mount(
         objects=objects,
         qmp=qmp,
     )
-    _or_complain(lambda: mount_images(request, speech, foreground=foreground) if arguments else list_mounts(speech))
+    act = (
+        functools.partial(mount_images, request, speech, foreground=foreground)
+        if arguments
+        else functools.partial(list_mounts, speech)
+    )
+    if not _done_or_complained(act):
+        sys.exit(1)
 
 
 @click.command(short_help="End what `blkferry mount` began.")
@@ -123,14 +130,17 @@ def mount(
 @click.option("--force", is_flag=True, help="Cut off programs that have it open, when what they wrote is safe.")
 def umount(files: tuple[str, ...], *, force: bool) -> None:
     """Unmount each FILE. When this returns, everything written is in the image, and others may use that."""
-    from blkferry.cli.umount import umount_files
+    from blkferry.cli.umount import umount_file
 
-    _or_complain(lambda: umount_files(files, force=force))
+    done = [_done_or_complained(functools.partial(umount_file, file, force=force)) for file in files]
+    if not all(done):
+        sys.exit(1)
 
 
-def _or_complain(act: Callable[[], None]) -> None:
+def _done_or_complained(act: Callable[[], None]) -> bool:
     try:
         act()
     except Error as error:
         complain(PROGRAM, error)
-        sys.exit(1)
+        return False
+    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from blkferry.errors import Error
 from blkferry.exports.fuse import mountinfo
+from blkferry.exports.fuse.session import Session
 from blkferry.plane import syscalls
 from blkferry.testing.daemon import DaemonThread
 from blkferry.testing.nbd import Client
@@ -174,6 +176,22 @@ def test_an_unmount_from_outside_ends_the_export(daemon, node, file, lazily):
     wait_for(lambda: daemon.events == [GONE])
     assert exports(daemon) == []
     daemon.execute("blockdev-del", node_name=node)
+
+
+def test_an_unmount_while_it_is_still_being_made(daemon, node, file, monkeypatch):
+    agree = Session.ready
+
+    async def ready(session):
+        await agree(session)
+        told, tell = asyncio.Event(), session._on_ended
+        session._on_ended = lambda: (tell(), told.set())
+        await asyncio.to_thread(syscalls.umount, str(file), 0)
+        await told.wait()
+
+    monkeypatch.setattr(Session, "ready", ready)
+    export(daemon, node, file)
+    wait_for(lambda: daemon.events == [GONE])
+    assert exports(daemon) == []
 
 
 def test_another_spelling_of_an_exported_file_is_refused_at_once(daemon, node, file):
