@@ -46,7 +46,7 @@ async def _umount(file: str, *, force: bool) -> None:
             if error.kind is not ErrorKind.BUSY:
                 raise
             if not force:
-                raise _in_use(file, await within(LOOK_SECONDS, users, real)) from error
+                raise _in_use(file, await users(real)) from error
             await _cut_off(mounted)
     except TimeoutError as error:
         raise does_not_answer(file) from error
