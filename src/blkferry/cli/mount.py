@@ -17,7 +17,7 @@ from blkferry.daemon.daemon import Daemon
 from blkferry.daemon.mounts import FuseMount, mount
 from blkferry.daemon.run import go_to_background, run
 from blkferry.errors import Error, ErrorKind
-from blkferry.exports.fuse import mountinfo
+from blkferry.exports.fuse import mountinfo, mountpoint
 from blkferry.exports.fuse.mounting import does_not_answer
 from blkferry.plane.patience import within
 from blkferry.schema.export import BlockExportOptionsFuse, FuseExportAllowOther
@@ -45,6 +45,7 @@ class Mounts:
     growable: bool
     image_format: str | None
     allow_other: str
+    passthrough: bool
     over: bool
     direct: bool
     discard: bool
@@ -125,6 +126,7 @@ async def _show(daemon: Daemon, request: Mounts, number: int, image: str, file: 
         writable=not node.read_only,
         growable=request.growable,
         allow_other=FuseExportAllowOther(request.allow_other),
+        passthrough=request.passthrough,
     )
     try:
         made = await mount(daemon, options, over=request.over, owns_node=True)
@@ -163,8 +165,23 @@ def list_mounts(speech: Speech) -> None:
         case Speech.PROSE if not mounts:
             sys.stderr.write("Nothing is mounted by blkferry.\n")
         case Speech.PROSE:
-            write_lines([[(each.path, "bold green"), (f": {each.source}", "")] for each in mounts])
+            write_lines(
+                [
+                    [(each.path, "bold green"), (f": {each.source}{'' if served else ', no longer served'}", "")]
+                    for each, served in _served(mounts)
+                ]
+            )
         case Speech.FILES:
             write("".join(f"{each.path}\n" for each in mounts))
         case Speech.JSON:
-            write(json.dumps({"mounts": [{"image": each.source, "file": each.path} for each in mounts]}) + "\n")
+            entries = [{"image": each.source, "file": each.path, "served": served} for each, served in _served(mounts)]
+            write(json.dumps({"mounts": entries}) + "\n")
+
+
+def _served(mounts: Sequence[mountinfo.Mounted]) -> Iterator[tuple[mountinfo.Mounted, bool]]:
+    """Tell of each whether there is still a daemon behind it; one that does not answer is one."""
+    for mounted in mounts:
+        try:
+            yield mounted, not asyncio.run(within(LOOK_SECONDS, mountpoint.dead, mounted.path))
+        except TimeoutError:
+            yield mounted, True

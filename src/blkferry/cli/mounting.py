@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 
@@ -34,6 +35,12 @@ PROGRAM = "blkferry"
     help="Let other users in, as far as the file's mode does. It takes root, or user_allow_other in /etc/fuse.conf; "
     "auto does without where that is missing.  [default: auto]",
 )
+@click.option(
+    "--passthrough",
+    is_flag=True,
+    help="Let the kernel read and write a raw image by itself, as fast as the image is; with --writable, also behind "
+    "its end, so that takes --growable.",
+)
 @click.option("--over", is_flag=True, help="Mount also over a FILE that is not empty, which hides what is in it.")
 @click.option("--direct", is_flag=True, help="Bypass the page cache (O_DIRECT) when reading and writing images.")
 @click.option(
@@ -60,6 +67,7 @@ def mount(
     growable: bool,
     image_format: str | None,
     allow_other: str,
+    passthrough: bool,
     over: bool,
     direct: bool,
     discard: bool,
@@ -83,6 +91,8 @@ def mount(
     """  # noqa: D301 - click's mark for lines to be left as they are
     if growable and not writable:
         raise click.UsageError("--growable needs --writable.")
+    if passthrough and writable and not growable:
+        raise click.UsageError("--passthrough with --writable needs --growable: the kernel writes behind the end, too.")
     if len(arguments) > 1 and len(arguments) % 2:
         raise click.UsageError(
             f"{len(arguments)} arguments are not pairs of IMAGE and FILE; several images need a FILE each."
@@ -99,13 +109,20 @@ def mount(
         growable=growable,
         image_format=image_format,
         allow_other=allow_other,
+        passthrough=passthrough,
         over=over,
         direct=direct,
         discard=discard,
         objects=objects,
         qmp=qmp,
     )
-    _or_complain(lambda: mount_images(request, speech, foreground=foreground) if arguments else list_mounts(speech))
+    act = (
+        functools.partial(mount_images, request, speech, foreground=foreground)
+        if arguments
+        else functools.partial(list_mounts, speech)
+    )
+    if not _done_or_complained(act):
+        sys.exit(1)
 
 
 @click.command(short_help="End what `blkferry mount` began.")
@@ -113,14 +130,17 @@ def mount(
 @click.option("--force", is_flag=True, help="Cut off programs that have it open, when what they wrote is safe.")
 def umount(files: tuple[str, ...], *, force: bool) -> None:
     """Unmount each FILE. When this returns, everything written is in the image, and others may use that."""
-    from blkferry.cli.umount import umount_files
+    from blkferry.cli.umount import umount_file
 
-    _or_complain(lambda: umount_files(files, force=force))
+    done = [_done_or_complained(functools.partial(umount_file, file, force=force)) for file in files]
+    if not all(done):
+        sys.exit(1)
 
 
-def _or_complain(act: Callable[[], None]) -> None:
+def _done_or_complained(act: Callable[[], None]) -> bool:
     try:
         act()
     except Error as error:
         complain(PROGRAM, error)
-        sys.exit(1)
+        return False
+    return True

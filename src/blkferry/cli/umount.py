@@ -29,10 +29,9 @@ CLOSE_SECONDS = 60.0
 ABORT = "/sys/fs/fuse/connections/{}/abort"
 
 
-def umount_files(files: Sequence[str], *, force: bool) -> None:
-    """Unmount these files. Raises Error."""
-    for file in files:
-        asyncio.run(_umount(file, force=force))
+def umount_file(file: str, *, force: bool) -> None:
+    """Unmount a file, and return when its image is closed. Raises Error."""
+    asyncio.run(_umount(file, force=force))
 
 
 async def _umount(file: str, *, force: bool) -> None:
@@ -47,7 +46,7 @@ async def _umount(file: str, *, force: bool) -> None:
             if error.kind is not ErrorKind.BUSY:
                 raise
             if not force:
-                raise _in_use(file, await within(LOOK_SECONDS, users, real)) from error
+                raise _in_use(file, await users(real)) from error
             await _cut_off(mounted)
     except TimeoutError as error:
         raise does_not_answer(file) from error

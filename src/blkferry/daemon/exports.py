@@ -44,6 +44,7 @@ class Exports:
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
         self._entries: dict[str, Entry | None] = {}  # None while the export is being made
+        self._ended_early: set[str] = set()  # those that ended while they were being made
 
     async def add(self, options: BlockExportOptions) -> Export:
         """Create an export, with the contract's checks in their order. Leaves nothing behind on failure."""
@@ -53,8 +54,12 @@ class Exports:
                 export = await self._create(options)
         except BaseException:
             del self._entries[options.id]
+            self._ended_early.discard(options.id)
             raise
         self._entries[options.id] = Entry(export)
+        if options.id in self._ended_early:
+            self._ended_early.discard(options.id)
+            self.ended(options.id)
         return export
 
     def _claim(self, export_id: str) -> None:
@@ -166,6 +171,8 @@ class Exports:
         """Remove an export that nobody can use any more, unless that is going on already."""
         if (entry := self._entries.get(export_id)) is not None:
             self._begin_removal(export_id, entry)
+        elif export_id in self._entries:
+            self._ended_early.add(export_id)
 
     def _begin_removal(self, export_id: str, entry: Entry) -> asyncio.Task[None]:
         if entry.removal is None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
 
 from blkferry.errors import Error
 from blkferry.exports.fuse import mountinfo
+from blkferry.exports.fuse.session import Session
 from blkferry.plane import syscalls
 from blkferry.testing.daemon import DaemonThread
 from blkferry.testing.nbd import Client
@@ -96,6 +99,35 @@ def test_allow_other_off_is_told(daemon, node, file):
     assert info["allow-other"] is False
 
 
+def as_nobody(*argv) -> subprocess.CompletedProcess[str]:
+    command = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", *map(str, argv)]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=20)
+
+
+@pytest.mark.parametrize("allow_other", ["off", "on", "auto"])
+def test_others_are_kept_out_or_let_in_as_the_mode_says(daemon, node, allow_other):
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o755)
+        file = os.path.join(directory, "file")
+        with open(file, "w"):
+            pass
+        export(daemon, node, file, writable=True, allow_other=allow_other)
+        assert os.stat(file).st_mode & 0o7777 == 0o600
+        assert "Permission denied" in as_nobody("cat", file).stderr
+        if allow_other == "off":
+            with pytest.raises(PermissionError):
+                os.chmod(file, 0o644)
+            with pytest.raises(OSError, match="not supported"):
+                os.chown(file, 65534, 65534)
+        else:
+            os.chmod(file, 0o644)
+            assert as_nobody("cat", file).stdout == "\0" * MIB
+            assert "Permission denied" in as_nobody("truncate", "--size=0", file).stderr
+            os.chown(file, 65534, 65534)
+            assert as_nobody("dd", "if=/dev/zero", f"of={file}", "bs=4k", "count=1", "conv=notrunc").returncode == 0
+        daemon.execute("block-export-del", id="e")
+
+
 def test_a_safe_removal_is_refused_while_the_file_is_open(daemon, node, file):
     export(daemon, node, file)
     opened = os.open(file, os.O_RDONLY)
@@ -144,6 +176,22 @@ def test_an_unmount_from_outside_ends_the_export(daemon, node, file, lazily):
     wait_for(lambda: daemon.events == [GONE])
     assert exports(daemon) == []
     daemon.execute("blockdev-del", node_name=node)
+
+
+def test_an_unmount_while_it_is_still_being_made(daemon, node, file, monkeypatch):
+    agree = Session.ready
+
+    async def ready(session):
+        await agree(session)
+        told, tell = asyncio.Event(), session._on_ended
+        session._on_ended = lambda: (tell(), told.set())
+        await asyncio.to_thread(syscalls.umount, str(file), 0)
+        await told.wait()
+
+    monkeypatch.setattr(Session, "ready", ready)
+    export(daemon, node, file)
+    wait_for(lambda: daemon.events == [GONE])
+    assert exports(daemon) == []
 
 
 def test_another_spelling_of_an_exported_file_is_refused_at_once(daemon, node, file):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import subprocess
 import threading
@@ -202,3 +203,23 @@ async def test_without_the_device(file, monkeypatch):
         "Failed to mount FUSE session to export: Could not open '/dev/no-fuse': No such file or directory"
     )
     assert "modprobe fuse" in error.hint
+
+
+async def test_without_the_right_to_mount(file, monkeypatch):
+    def denied(*arguments):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(syscalls, "mount", denied)
+    monkeypatch.setenv("PATH", str(file.parent))
+    error = await refused(file)
+    assert error.message == "Only root may mount without fusermount3, which is not there"
+    assert "fuse3" in error.hint
+    program = file.with_name("fusermount3")
+    program.write_text("#!/bin/sh\necho fusermount3: failed to open /dev/fuse: Permission denied >&2; exit 1\n")
+    program.chmod(0o755)
+    error = await refused(file)
+    assert error.message == ("Failed to mount FUSE session to export: failed to open /dev/fuse: Permission denied")
+    assert error.hint == "Root has to let users in: chmod 666 /dev/fuse."
+    program.write_text("#!/bin/sh\nexit 0\n")
+    error = await refused(file)
+    assert error.message == "Failed to mount FUSE session to export: fusermount3 sent no descriptor"

@@ -39,9 +39,8 @@ class FuseExport(Export):
 
     @classmethod
     def permissions(cls, options: BlockExportOptions) -> tuple[Permission, Permission]:
-        assert isinstance(options, BlockExportOptionsFuse)
         used, shared = super().permissions(options)
-        if options.writable or options.growable:  # truncate(2) changes the size, even where writes do not
+        if options.writable:  # truncate(2) changes the size, even where writes do not
             used |= Permission.RESIZE
         return used, shared
 
@@ -134,8 +133,13 @@ class FuseExport(Export):
             log.warning("%s: processes %s can still use the image by passthrough", self.root.describe(), pids)
 
     async def drain(self) -> None:
-        if self._session is not None:
-            await self._session.in_flight.idle()
+        """Have the file no longer found, answer what was asked, and then nothing more, however fast they ask."""
+        session = self._session
+        if self._mount is None or session is None:
+            return
+        await self._mount.detach()
+        if session.passthrough is None or not session.passthrough.opened:  # those still have to tell of their close
+            await session.pause()
 
     def retired(self, start: int, end: int | None) -> None:
         length = self.root.node.length

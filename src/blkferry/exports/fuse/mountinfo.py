@@ -31,12 +31,6 @@ class Mounted:
         """Whether a blkferry has made it, this process or another one."""
         return self.type == TYPE
 
-    @property
-    def owner(self) -> int | None:
-        """The user who has mounted it, where FUSE tells."""
-        found = re.search(r"(?:^|,)user_id=(\d+)", self.options)
-        return int(found[1]) if found else None
-
 
 def mounts() -> list[Mounted]:
     """All mounts of this process's namespace, a later one on top of earlier ones with the same path."""

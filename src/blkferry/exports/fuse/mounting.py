@@ -65,7 +65,7 @@ class Mount:
         except (Error, TimeoutError) as error:
             if isinstance(error, Error) and error.kind is not ErrorKind.BUSY:
                 raise
-            who = await within(LOOK_SECONDS, users, self.path)
+            who = await users(self.path)
             opened = f" It is open in {', '.join(who)}." if who else ""
             hint = f"Use mode='hard' to force client disconnect.{opened}"
             raise Error(ErrorKind.BUSY, f"export '{export_id}' still in use", hint=hint) from error
@@ -84,8 +84,8 @@ class Mount:
                 with contextlib.suppress(OSError, TimeoutError):
                     await within(SYNC_SECONDS, sync, self.path)
                 await self.unmount(lazy=True)
-        except (Error, TimeoutError) as error:
-            log.warning("%s", error or f"'{self.path}' cannot be unmounted now")
+        except (Error, OSError) as error:  # a TimeoutError is an OSError
+            log.warning("%s", str(error) or f"'{self.path}' cannot be unmounted now")
 
 
 async def mount(path: str, *, source: str, allow_other: FuseExportAllowOther) -> Mount:

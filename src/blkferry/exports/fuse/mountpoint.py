@@ -19,9 +19,9 @@ DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
 
 def prepare(path: str) -> str:
     """The real path of a regular file that may be mounted over. Raises Error."""
-    real = os.path.realpath(path)
+    real = os.path.realpath(path) if path else ""  # an empty one would be the current directory
     while (mounted := mountinfo.topmost(real)) is not None and mounted.ours:
-        if not _dead(real):
+        if not dead(real):
             hint = f"It shows {mounted.source}; `blkferry umount {path}` ends that."
             raise Error(ErrorKind.EXISTS, f"There already is a FUSE export on '{path}'", hint=hint, path=path)
         umount(real, lazy=True)
@@ -36,7 +36,8 @@ def prepare(path: str) -> str:
     return real
 
 
-def _dead(path: str) -> bool:
+def dead(path: str) -> bool:
+    """Whether nobody serves the FUSE file system that is mounted there."""
     try:
         os.stat(path)
     except OSError as error:

@@ -5,9 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+from blkferry.plane.patience import within
 
-def users(path: str) -> list[str]:
+LOOK_SECONDS = 5.0
+"""A machine may have very many processes, and then nobody is found in time."""
+
+
+async def users(path: str) -> list[str]:
     """Processes as "name (pid 12)", and loop devices. Processes of others may be hidden from us, and none be found."""
+    try:
+        return await within(LOOK_SECONDS, _find, path)
+    except TimeoutError:
+        return []
+
+
+def _find(path: str) -> list[str]:
     return [*_processes(path), *_loop_devices(path)]
 
 
