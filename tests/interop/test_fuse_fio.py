@@ -19,7 +19,7 @@ import peers
 
 pytestmark = peers.requires("fio", "qemu-img")
 
-SIZE = 16 << 20
+SIZE = 8 << 20
 
 WORKLOADS = {
     "libaio-direct": ("--ioengine=libaio", "--direct=1", "--iodepth=16", "--bsrange=4k-256k"),

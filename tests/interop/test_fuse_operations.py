@@ -10,6 +10,7 @@ import os
 import re
 import stat
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -437,3 +438,40 @@ def test_in_an_iothread_and_moved_to_another(daemon, kind, tmp_path):
     daemon.clear()
     for name in ("one", "two"):
         daemon.execute("object-del", id=name)
+
+
+WRITER = """
+import os, sys
+fd = os.open(sys.argv[1], os.O_WRONLY)
+for number in range(1 << 20):
+    try:
+        os.pwrite(fd, b"%16d" % number * 256, number % 256 * 4096)
+    except OSError:
+        break
+    print(number, flush=True)
+"""
+
+
+@pytest.mark.parametrize("end", ["quit", "hard"])
+def test_what_was_written_before_the_end_is_in_the_image(kind, tmp_path, end):
+    with QmpProcess() as daemon:
+        image = add_node(daemon, tmp_path, kind)
+        path = daemon.mount("n", tmp_path / "disk")
+        with subprocess.Popen([sys.executable, "-c", WRITER, path], stdout=subprocess.PIPE, text=True) as writer:
+            while int(writer.stdout.readline()) < 300:
+                pass
+            if end == "quit":
+                daemon.execute("quit")
+            else:
+                daemon.execute("block-export-del", id="e", mode="hard")
+            written = [int(line) for line in writer.stdout]
+        last = max(written, default=300)
+    if kind == "qcow2":
+        flat = tmp_path / "flat"
+        argv = [program("blkferry"), "image", "convert", "-O", "raw", str(image), str(flat)]
+        subprocess.run(argv, check=True, capture_output=True)
+        image = flat
+    data = image.read_bytes()
+    for number in range(last - 255, last + 1):
+        found = int(data[number % 256 * 4096 :][:16])
+        assert found in (number, number + 256)  # one more may have been written than answered
