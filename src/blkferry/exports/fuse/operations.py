@@ -227,7 +227,7 @@ def _opened(session: Session, request: Request, *, writes: bool) -> bytes:
             session.complain(error.message)
     how |= OpenReply.PASSTHROUGH if backing_id else OpenReply.DIRECT_IO | OpenReply.PARALLEL_DIRECT_WRITES
     header = request.header
-    number = session.opened(header.pid, writable=writes, passes_through=bool(backing_id))
+    number = session.opened(header.pid, passes_through=bool(backing_id))
     return open_reply(header.unique, number, how, backing_id)
 
 

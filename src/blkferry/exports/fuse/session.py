@@ -61,7 +61,6 @@ class Handle(NamedTuple):
     """An open file: who opened it, and whether the kernel reads and writes the image by itself."""
 
     pid: int
-    writable: bool
     passes_through: bool
 
 
@@ -151,10 +150,10 @@ class Session:
         self.agreed = agreed
         self._wake()
 
-    def opened(self, pid: int, *, writable: bool, passes_through: bool) -> int:
+    def opened(self, pid: int, *, passes_through: bool) -> int:
         """Note that a process has the file open; returns the number that requests will name."""
         number, self._next_handle = self._next_handle, self._next_handle + 1
-        self.handles[number] = Handle(pid, writable, passes_through)
+        self.handles[number] = Handle(pid, passes_through)
         return number
 
     def released(self, number: int) -> None:

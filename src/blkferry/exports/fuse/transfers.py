@@ -133,8 +133,11 @@ def _gather(session: Session, unique: int, offset: int, size: int, stretches: li
 # Writes --------------------------------------------------------------------------------------------------------------
 
 
-def write(session: Session, unique: int, offset: int, size: int) -> None:
-    """Answer a WRITE, whose data the session has just received; a file that does not grow takes what fits into it."""
+def write(session: Session, unique: int, offset: int, size: int, *, tried: bool = False) -> None:
+    """Answer a WRITE, whose data the session has just received; a file that does not grow takes what fits into it.
+
+    `tried` says that it could not be done within the turn.
+    """
     if not session.writable:
         session.reply(failure(unique, errno.EACCES))
         return
@@ -152,7 +155,7 @@ def write(session: Session, unique: int, offset: int, size: int) -> None:
         size = length - offset
     try:
         if size and (end <= length or not session.growable or _grow_now(session, end)):
-            if _write_now(session, offset, size):
+            if not tried and _write_now(session, offset, size):
                 session.reply(_written(session, unique, size))
             else:
                 _write(session, unique, offset, size)

@@ -201,7 +201,7 @@ def serve(session: Session) -> None:
                 bits = places.bits
                 budget -= PUT_COST
                 if not done_now:
-                    transfers.write(session, unique, offset, count)
+                    transfers.write(session, unique, offset, count, tried=True)
                     stale = True
             else:
                 transfers.write(session, unique, offset, count)
