@@ -12,11 +12,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from blkferry.cli.ready import LABEL_WIDTH, Line, write, write_lines
-from blkferry.cli.serve import about_serving, add_objects, add_qmp, default_name, open_image
+from blkferry.cli.serve import add_objects, add_qmp, default_name, open_image
 from blkferry.daemon.daemon import Daemon
 from blkferry.daemon.mounts import FuseMount, mount
 from blkferry.daemon.run import go_to_background, run
-from blkferry.errors import Error, ErrorKind
 from blkferry.exports.fuse import mountinfo, mountpoint
 from blkferry.exports.fuse.mounting import does_not_answer
 from blkferry.plane.patience import within
@@ -68,12 +67,15 @@ class Shown:
         yield [(self.image, "bold"), (f": {format_size(self.size)}, {how}, is", "")]
         yield [("  ", ""), (self.mount.path, "bold green")]
         read_only = "" if self.writable else "--read-only "
-        for label, command in (
+        attach = f"sudo losetup --find --show --partscan {read_only}{file}"
+        for label, text in (
             ("look", f"fdisk -l {file}"),
-            ("attach", f"sudo losetup --find --show --partscan {read_only}{file}"),
+            ("attach", attach)
+            if self.mount.allow_other
+            else ("private", "only you can open it, which --allow-other changes"),
             ("unmount", f"blkferry umount {file}"),
         ):
-            yield [(f"  {label + ':':<{LABEL_WIDTH}} ", "dim"), (command, "")]
+            yield [(f"  {label + ':':<{LABEL_WIDTH}} ", "dim"), (text, "")]
 
 
 def mount_images(request: Mounts, speech: Speech, *, foreground: bool) -> None:
@@ -128,10 +130,7 @@ async def _show(daemon: Daemon, request: Mounts, number: int, image: str, file: 
         allow_other=FuseExportAllowOther(request.allow_other),
         passthrough=request.passthrough,
     )
-    try:
-        made = await mount(daemon, options, over=request.over, owns_node=True)
-    except Error as error:
-        raise about_serving(image, error) if error.kind is ErrorKind.BUSY else error from None
+    made = await mount(daemon, options, over=request.over, owns_node=True)
     return Shown(image, made, node.length, options.writable)
 
 
@@ -151,7 +150,13 @@ def _say(shown: Sequence[Shown], request: Mounts, speech: Speech) -> None:
             write("".join(f"{each.mount.path}\n" for each in shown))
         case Speech.JSON:
             mounts = [
-                {"image": each.image, "file": each.mount.path, "size": each.size, "writable": each.writable}
+                {
+                    "image": each.image,
+                    "file": each.mount.path,
+                    "size": each.size,
+                    "writable": each.writable,
+                    "allow-other": each.mount.allow_other,
+                }
                 for each in shown
             ]
             qmp = request.qmp and os.path.abspath(request.qmp)

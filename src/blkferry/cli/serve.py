@@ -278,16 +278,11 @@ async def _export(daemon: Daemon, request: Request, image: str, node: str, name:
     try:
         await daemon.exports.add(options)
     except Error as error:
-        raise about_serving(image, error) from error
-
-
-def about_serving(image: str, error: Error) -> Error:
-    """The same error, with the image's name in it."""
-    if image in error.message:
-        return error
-    # Somebody else has the image: the locks do not know what we call it.
-    hint = "Stop it first, or serve a copy of the image." if error.kind is ErrorKind.BUSY else error.hint
-    return Error(error.kind, f"Cannot serve '{image}': {error.message}", hint=hint)
+        if image in error.message:
+            raise
+        # Somebody else has the image: the locks do not know what we call it.
+        hint = "Stop it first, or serve a copy of the image." if error.kind is ErrorKind.BUSY else error.hint
+        raise Error(error.kind, f"Cannot serve '{image}': {error.message}", hint=hint) from error
 
 
 def _as_clients_see(address: SocketAddress) -> SocketAddress:

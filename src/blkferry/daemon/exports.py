@@ -193,6 +193,11 @@ class Exports:
         entry.gone.set()
         self._daemon.emit("BLOCK_EXPORT_DELETED", {"id": export_id})
 
+    def leaving(self, export_id: str) -> bool:
+        """Whether this export is being removed, or gone."""
+        entry = self._entries.get(export_id)
+        return entry is None or entry.removal is not None
+
     async def wait_gone(self, export_id: str) -> None:
         """Return when there is no export of this id, or this one has gone."""
         if (entry := self._entries.get(export_id)) is not None:

@@ -10,6 +10,7 @@ import msgspec
 
 from blkferry.daemon.mountpoints import Mountpoint
 from blkferry.errors import Error
+from blkferry.exports.base import Export
 from blkferry.schema.export import BlockExportOptionsFuse, BlockExportRemoveMode
 
 if TYPE_CHECKING:
@@ -17,16 +18,18 @@ if TYPE_CHECKING:
 
 
 class FuseMount:
-    """A node that is mounted as the file `path`, by `Daemon.mount` say. Others may unmount it, too, with umount(8)."""
+    """A node that is mounted as the file `path`, by `Daemon.mount` say. Others may unmount it, too, with umount(8).
 
-    def __init__(
-        self, daemon: Daemon, options: BlockExportOptionsFuse, claimed: Mountpoint, *, owns_node: bool
-    ) -> None:
-        self.id = options.id
+    `allow_other` tells whether other users are let in, which for anybody but root depends on /etc/fuse.conf.
+    """
+
+    def __init__(self, daemon: Daemon, export: Export, claimed: Mountpoint, *, owns_node: bool) -> None:
+        self.id = export.options.id
         self.path = claimed.path
+        self.allow_other: bool = export.details()["allow_other"]
         self._daemon = daemon
         self._claimed = claimed
-        self._node = options.node_name if owns_node else None
+        self._node = export.options.node_name if owns_node else None
         self._ended = asyncio.create_task(self._tidy())
 
     async def unmount(self, *, force: bool = False) -> None:
@@ -34,10 +37,9 @@ class FuseMount:
 
         A file that was made for this is gone when it returns. Raises Error(BUSY) if it is open, unless forced.
         """
-        if self._ended.done():
-            return
-        mode = BlockExportRemoveMode.HARD if force else BlockExportRemoveMode.SAFE
-        await self._daemon.exports.remove(self.id, mode, wait=True)
+        if not self._daemon.exports.leaving(self.id):
+            mode = BlockExportRemoveMode.HARD if force else BlockExportRemoveMode.SAFE
+            await self._daemon.exports.remove(self.id, mode, wait=True)
         await self.unmounted()
 
     async def unmounted(self) -> None:
@@ -65,8 +67,8 @@ async def mount(
     image = daemon.graph.find(options.node_name).filename()
     claimed = await daemon.mountpoints.claim(options.mountpoint, image=image, over=over)
     try:
-        await daemon.exports.add(msgspec.structs.replace(options, mountpoint=claimed.path))
+        export = await daemon.exports.add(msgspec.structs.replace(options, mountpoint=claimed.path))
     except BaseException:
         await daemon.mountpoints.release(claimed)
         raise
-    return FuseMount(daemon, options, claimed, owns_node=owns_node)
+    return FuseMount(daemon, export, claimed, owns_node=owns_node)

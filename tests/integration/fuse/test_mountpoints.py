@@ -93,7 +93,7 @@ async def test_a_file_that_cannot_be_made(here):
 
 async def test_a_program_mounts_and_unmounts(here):
     async with mounted("file", growable=True) as (daemon, mount):
-        assert (mount.path, await size("file")) == (f"{here}/file", MIB)
+        assert (mount.path, mount.allow_other, await size("file")) == (f"{here}/file", True, MIB)
         await asyncio.to_thread(os.truncate, "file", 2 * MIB)
         assert daemon.exports.get(mount.id).root.node.length == 2 * MIB
         await mount.unmount()
@@ -112,6 +112,7 @@ async def test_a_program_is_told_of_an_unmount(here):
     async with mounted("file") as (_, mount):
         waiting = asyncio.create_task(mount.unmounted())
         await asyncio.to_thread(syscalls.umount, mount.path, 0)
+        await mount.unmount()  # which is under way
         await asyncio.wait_for(waiting, 10)
         assert os.listdir() == []
 
