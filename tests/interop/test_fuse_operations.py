@@ -475,3 +475,29 @@ def test_what_was_written_before_the_end_is_in_the_image(kind, tmp_path, end):
     for number in range(last - 255, last + 1):
         found = int(data[number % 256 * 4096 :][:16])
         assert found in (number, number + 256)  # one more may have been written than answered
+
+
+def splice(fd: int, length: int) -> bytes:
+    """The beginning of a file, by way of a pipe and the kernel's page cache."""
+    reader, writer = os.pipe()
+    try:
+        os.splice(fd, writer, length, offset_src=0)
+        return os.read(reader, length)
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def test_what_the_kernel_has_cached(daemon, tmp_path):
+    add_node(daemon, tmp_path, content=b"first")
+    one, two = (daemon.mount("n", tmp_path / name, name) for name in ("one", "two"))
+    with File(one) as fd, File(two) as other:
+        assert splice(fd, 5) == b"first"
+        os.pwrite(fd, b"local", 0)
+        assert splice(fd, 5) == b"local"
+        os.pwrite(other, b"other", 0)
+        assert os.pread(fd, 5, 0) == b"other"
+        with File(one, os.O_RDONLY) as again:  # to open it is to drop what was cached
+            assert splice(again, 5) == b"other"
+        with mmap.mmap(fd, SIZE) as mapping:
+            assert mapping[:5] == b"other"
