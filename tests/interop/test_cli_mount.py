@@ -199,6 +199,21 @@ def test_a_file_in_use_is_cut_off_by_force_only(here):
         assert copy.read(11) == b"still there"
 
 
+def test_a_mounted_file_is_the_image_of_another_process(here):
+    qcow2("disk.qcow2", "8M")
+    mount("-w", "disk.qcow2", "first")
+    pid = mount("-w", "--direct", "first", "second")
+    with open("second", "r+b") as file:
+        file.seek(MIB)
+        file.write(b"all the way down" * 4096)
+    first, second = refusal("umount", "first")
+    assert first == "blkferry: 'first' is in use"
+    assert f"blkferry (pid {pid})" in second
+    ok("umount", "second", "first")
+    run("qemu-img", "convert", "-O", "raw", "disk.qcow2", "raw")
+    assert Path("raw").read_bytes() == bytes(MIB) + b"all the way down" * 4096 + bytes(7 * MIB - (64 << 10))
+
+
 def test_what_is_in_the_way_is_said(here):
     qcow2("disk.qcow2")
     Path("full").write_text("something")

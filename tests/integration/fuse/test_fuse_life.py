@@ -178,6 +178,29 @@ def test_an_unmount_from_outside_ends_the_export(daemon, node, file, lazily):
     daemon.execute("blockdev-del", node_name=node)
 
 
+@pytest.mark.parametrize("opened", [False, True])
+def test_an_unmount_that_another_namespace_does_not_hear_of(daemon, node, file, opened):
+    """The kernel keeps the connection for the copy of the mount that is there."""
+    export(daemon, node, file)
+    other = subprocess.Popen(
+        ["unshare", "--mount", "--propagation", "private", "sh", "-c", "echo there; read end"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    with other:
+        assert other.stdout.readline() == b"there\n"
+        if opened:
+            with file.open("rb"):
+                subprocess.run(["umount", "-l", file], check=True)
+                time.sleep(0.1)
+                assert exports(daemon) == ["e"]
+        else:
+            subprocess.run(["umount", file], check=True)
+        wait_for(lambda: daemon.events == [GONE])
+        other.communicate(b"\n")
+    assert exports(daemon) == []
+
+
 def test_an_unmount_while_it_is_still_being_made(daemon, node, file, monkeypatch):
     agree = Session.ready
 
@@ -281,7 +304,7 @@ def test_a_node_cannot_be_made_of_what_shows_one(daemon, node, file, tmp_path):
     daemon.execute("blockdev-add", driver="file", node_name="f", filename=str(file))
 
 
-@requires("qemu-img", "qemu-storage-daemon")
+@requires("qemu-img")
 def test_a_mounted_file_is_another_daemons_image(daemon, file, tmp_path, image):
     disk = image(MIB)
     daemon.execute("blockdev-add", driver="file", node_name="f", filename=str(disk.path))

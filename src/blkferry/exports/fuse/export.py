@@ -14,6 +14,7 @@ from blkferry.exports.fuse.inode import Inode
 from blkferry.exports.fuse.limits import READY_SECONDS, RELEASE_SECONDS
 from blkferry.exports.fuse.mounting import Mount, mount
 from blkferry.exports.fuse.session import Session
+from blkferry.exports.fuse.watch import Watch
 from blkferry.exports.places import Places
 from blkferry.graph.permissions import Permission
 from blkferry.graph.root import Root
@@ -36,6 +37,7 @@ class FuseExport(Export):
         self.places = Places(root, writable=options.writable)
         self._mount: Mount | None = None
         self._session: Session | None = None
+        self._watch: Watch | None = None
 
     @classmethod
     def permissions(cls, options: BlockExportOptions) -> tuple[Permission, Permission]:
@@ -52,7 +54,9 @@ class FuseExport(Export):
                 hint="The kernel writes behind the end of the image, too.",
             )
         image = self.root.node.filename() or self.root.node.name
-        await self.serve(await mount(self.options.mountpoint, source=image, allow_other=self.options.allow_other))
+        mounted = await mount(self.options.mountpoint, source=image, allow_other=self.options.allow_other)
+        await self.serve(mounted)
+        self._watch = Watch(mounted.device, self._unmounted)
 
     async def serve(self, mounted: Mount) -> None:
         """Serve what is mounted, which the export takes over; raise Error if the kernel is not one of ours."""
@@ -105,6 +109,11 @@ class FuseExport(Export):
         """The file was unmounted by somebody else. Called on the node's loop."""
         self.host.export_ended(self.options.id)
 
+    def _unmounted(self) -> None:
+        """The file is not found here any more. Called in a thread of its own."""
+        assert self._session is not None
+        self._session_call(self._session.unmounted)
+
     async def leave(self) -> None:
         if self._mount is not None:
             await self._mount.leave(self.options.id)
@@ -113,6 +122,8 @@ class FuseExport(Export):
         session, mounted = self._session, self._mount
         if mounted is None:
             return
+        if self._watch is not None:
+            self._watch.close()
         await mounted.detach()
         if session is not None and session.passthrough is not None and session.passthrough.opened:
             await self._wait_for_passthrough(session)

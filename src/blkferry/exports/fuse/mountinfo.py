@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+TABLE = "/proc/self/mountinfo"
 FILE_SYSTEM = "fuse"
 SUBTYPE = "blkferry"
 TYPE = f"{FILE_SYSTEM}.{SUBTYPE}"
@@ -34,7 +35,7 @@ class Mounted:
 
 def mounts() -> list[Mounted]:
     """All mounts of this process's namespace, a later one on top of earlier ones with the same path."""
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+    with open(TABLE, encoding="utf-8", errors="surrogateescape") as lines:
         return list(parse(lines.read()))
 
 

@@ -111,6 +111,7 @@ class Session:
         self._quiet_until = 0.0
         self._unsaid = 0
         self.closed = False
+        self._unmounted = False
         self.answer = bytearray(OUT_HEADER.size)
         self.write_answer = bytearray(WRITE_REPLY.size)
         self._message: Buffer | None = None
@@ -164,6 +165,8 @@ class Session:
             self.passthrough.release()
         if not self.handles:
             self._wake()
+            if self._unmounted:
+                self.root.services.loop.call_soon(self._end_if_unused)
 
     @property
     def pids(self) -> list[int]:
@@ -202,6 +205,18 @@ class Session:
         if not self.closed:
             self.close()
             self._on_ended()
+
+    def unmounted(self) -> None:
+        """The file can be found no more: end as soon as nobody has it open, whether the kernel says so or not."""
+        if asyncio.get_running_loop() is not self.root.services.loop:  # the node moved while this call was on its way
+            self.root.services.loop.call_soon_threadsafe(self.unmounted)
+            return
+        self._unmounted = True
+        self._end_if_unused()
+
+    def _end_if_unused(self) -> None:
+        if not self.handles:
+            self.ended()
 
     def _stop_reading(self) -> None:
         if self._reading:
