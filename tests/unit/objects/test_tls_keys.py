@@ -62,7 +62,7 @@ async def test_whoever_has_the_key_gets_in(daemon, directory, priority, version)
         client = await add(daemon, "psk", "client", directory, user.replace("ë", "e"), username=user)
         ends = connect(server, client)
         assert {end.version() for end in ends} == {version}
-        assert daemon.objects["server"].identity(ends[1]) == ""
+        assert daemon.objects["server"].identity(ends[1]) == user
     default = await add(daemon, "psk", "client", directory)
     connect(server, default)
     creds = daemon.objects["server"]
