@@ -171,6 +171,8 @@ class Negotiation:
 def _reason(error: OSError | ssl.CertificateError) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"the client's certificate was refused: {error.verify_message}"
+    if isinstance(error, ssl.SSLZeroReturnError | ssl.SSLEOFError | ConnectionError):
+        return "the client went away; it may not trust this server"
     return reason(error)
 
 
