@@ -112,7 +112,7 @@ class Opening:
     async def child(self, node: Node, role: str, reference: str | BlockdevOptions) -> Node:
         """Find or open the node that `reference` means, and attach it to `node` as its child `role`."""
         if isinstance(reference, str):
-            child = self.graph.find(reference)
+            child = self.graph.find(reference, device=reference)
             if node in depends_on(child):
                 raise Error(ErrorKind.INVALID_ARGUMENT, f"Node '{reference}' cannot be below itself", node=reference)
             if child.services is not node.services:
