@@ -21,7 +21,6 @@ from blkferry.daemon.chardev import Chardev
 from blkferry.daemon.disk import Disk
 from blkferry.daemon.exports import Exports
 from blkferry.daemon.imaging.names import add_credentials
-from blkferry.daemon.listener import Listener
 from blkferry.daemon.monitor import Monitor
 from blkferry.daemon.nbd_servers import NbdServers
 from blkferry.errors import Error, ErrorKind
@@ -279,19 +278,19 @@ class Daemon:
 
     async def start_nbd_server(
         self,
-        address: SocketAddress,
-        *,
+        *addresses: SocketAddress,
         name: str | None = None,
         max_connections: int = 0,
         handshake_seconds: int = 10,
         tls_creds: str | None = None,
         tls_authz: str | None = None,
-    ) -> Listener:
+    ) -> list[SocketAddress]:
         """Listen for NBD clients, `max_connections` of them and `handshake_seconds` for each to choose an export.
 
         0 is unlimited. With `name` it is another server than the one exports use that name none. `tls_creds` and
         `tls_authz` are ids of objects: with the former TLS is required, the latter says whose certificates are welcome.
-        Raises Error(EXISTS) when it runs already, or what is wrong with address or objects.
+        Returns where it listens, with the ports that the kernel chose. Raises Error(EXISTS) when it runs already, or
+        what is wrong with addresses or objects.
         """
         options = NbdServerOptionsBase(
             id=name,
@@ -300,7 +299,7 @@ class Daemon:
             tls_creds=tls_creds,
             tls_authz=tls_authz,
         )
-        return await self.nbd_servers.start(address, options)
+        return await self.nbd_servers.start(addresses, options)
 
     # Monitors --------------------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @command("nbd-server-start")
 async def nbd_server_start(daemon: Daemon, arguments: NbdServerStart) -> None:
-    await daemon.nbd_servers.start(arguments.addr, arguments)
+    await daemon.nbd_servers.start([arguments.addr], arguments)
 
 
 @command("nbd-server-stop")
