@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import ssl
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from blkferry.objects.tls import openssl
 from blkferry.objects.tls.creds import QCryptoTLSCredsEndpoint, TlsCreds, TlsCredsProperties, read_file
 from blkferry.schema.qapi import Doc, branch
 from blkferry.schema.qom import ObjectOptions
+
+log = logging.getLogger(__name__)
 
 DEFAULT_USER = "qemu"
 
@@ -76,6 +79,8 @@ class TlsCredsPsk(TlsCreds):
         context = self._new_context()
         context.set_ciphers(_CIPHERS)
         if self.endpoint is QCryptoTLSCredsEndpoint.SERVER:
+            if not keys:
+                log.warning("PSK file %s has no keys: nobody will get in", path)
             openssl.serve_keys(context, lambda user: _key_for(user, keys))
         elif (key := keys.get(self._user)) is None:
             raise Error(
