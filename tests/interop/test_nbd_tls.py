@@ -306,7 +306,8 @@ def test_authorization_needs_names(daemon, certificates, kind):
 # -- no TLS where there should be some, and the other way around ---------------------------------------------
 
 
-def test_nothing_is_to_be_had_without_tls(daemon, certificates):
+def test_nothing_is_to_be_had_without_tls(daemon, certificates, caplog):
+    caplog.set_level("INFO")
     port = serve(daemon, "x509", certificates / "server")
     said = peers.run("nbdinfo", f"nbd://localhost:{port}/x", expect=1).stderr
     assert "TLS" in said
@@ -315,6 +316,9 @@ def test_nothing_is_to_be_had_without_tls(daemon, certificates):
         client.greet()
         (reply,) = client.option(Opt.LIST)
         assert reply.kind == RepError.TLS_REQD
+    peers.run("nbdinfo", uri(port, certificates / "client").replace("/x?", "/y?"), expect=1)
+    for told in ("Option 0x3 not permitted before TLS", "export 'y' not present"):
+        assert logged(caplog, f"it was refused: {told}"), caplog.text
 
 
 def test_a_server_without_tls_says_so(daemon, certificates):

@@ -161,6 +161,8 @@ class Negotiation:
         """End this connection."""
         if self._plain.fileno() < 0:
             return
+        if refused := self._machine.refused:
+            why = f"{why or 'the client went away'}; it was refused: {refused}"
         if why:
             log.info("%s: disconnecting during the handshake: %s", self._peer, why)
         self._release()
