@@ -21,6 +21,7 @@ from blkferry.plane.drain import Uses
 from blkferry.units import SECTOR, align_down, align_up
 
 if TYPE_CHECKING:
+    from blkferry.plane.engine import Done
     from blkferry.plane.storage import Storage
 
 BACKING = "backing"
@@ -176,6 +177,27 @@ async def read(node: Node, start: int, view: memoryview) -> None:
                 done += run.length
 
 
+def read_later(node: Node, start: int, view: memoryview, done: Done) -> bool:
+    """Begin to read what is one piece of OPAQUE content, if its driver can; tells whether it was begun (see Node)."""
+    runs = resolve(node, start, len(view), Effort.PLACE)
+    if isinstance(runs, Miss):
+        return False
+    run = runs[0]
+    if run.content is not Content.OPAQUE or run.length < len(view):
+        return False
+    readers = run.node.readers
+    use = readers.begin()
+
+    def finish(result: int) -> None:
+        readers.end(use)
+        done(result)
+
+    begun = run.node.read_later(run.offset, view, finish)
+    if not begun:
+        readers.end(use)
+    return begun
+
+
 @contextmanager
 def _counted(uses: Iterator[Uses]) -> Iterator[None]:
     held = [(each, each.begin()) for each in {id(each): each for each in uses}.values()]
@@ -283,6 +305,17 @@ def write_now(node: Node, start: int, view: memoryview) -> bool:
             run.storage.write_now(view[done : done + run.length], run.offset)
             done += run.length
     return True
+
+
+def write_later(node: Node, start: int, view: memoryview, done: Done) -> bool:
+    """Begin to write where one driver takes all of it, if it can; tells whether it was begun (see Node)."""
+    while True:
+        runs = resolve(node, start, len(view), Effort.PLACE)
+        if isinstance(runs, Miss) or runs[0].in_place or _same_writer(runs) < len(view):
+            return False
+        writer, at = runs[0].writer, runs[0].writer_offset
+        if not writer.mark_dirty_bitmaps(at, at + len(view)):
+            return writer.write_later(at, view, done)
 
 
 async def _write_storage(storage: Storage, offset: int, view: memoryview, fua: bool) -> None:

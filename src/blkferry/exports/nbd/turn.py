@@ -15,9 +15,10 @@ import os
 import time
 from typing import TYPE_CHECKING
 
-from blkferry.exports.nbd import requests
+from blkferry.exports.nbd import later, requests
 from blkferry.exports.nbd.limits import (
     MAX_MAPPED,
+    MAX_PLAIN_READ,
     PUT_COST,
     SENDFILE_FROM,
     STALL_PENALTY,
@@ -26,7 +27,7 @@ from blkferry.exports.nbd.limits import (
     WRITE_SECONDS,
     ZEROES,
 )
-from blkferry.exports.places import NOWHERE
+from blkferry.exports.places import DRIVEN, NOWHERE
 from blkferry.graph import access
 from blkferry.plane.services import MAX_SLOTS, SCRATCH_OUT
 from blkferry.plane.window import REGION_BITS
@@ -36,7 +37,7 @@ from blkferry.wire.nbd.constants import MAX_REQUEST, Mode
 
 if TYPE_CHECKING:
     from blkferry.exports.nbd.client import NbdClient
-    from blkferry.exports.places import Lane, Places
+    from blkferry.exports.places import Lane, Piece, Places
     from blkferry.plane.storage import Storage
 
 
@@ -83,6 +84,7 @@ def serve(client: NbdClient, data: memoryview, end: int) -> int:
     straight = True
     written = carried = 0
     add_piece, add_spot, spots = replies.pieces.append, replies.spots.append, replies.spots
+    piece: Piece | None = NOWHERE
     pos = filled = begun = 0
     budget = TURN_BYTES
     while end - pos >= header:
@@ -237,6 +239,20 @@ def serve(client: NbdClient, data: memoryview, end: int) -> int:
                 if budget <= 0 or client.outbox.blocked:
                     break
                 continue
+        elif (
+            is_read
+            and piece is DRIVEN
+            and 0 < length <= MAX_PLAIN_READ
+            and offset + length <= size
+            and not client.must_wait()
+            and later.read_plain(client, head, cookie, offset, length)
+        ):
+            pos += header
+            straight = False
+            budget -= length
+            if budget <= 0:
+                break
+            continue
         # Everything that is not the common case leaves the straight line here.
         budget -= replies.send(begun, filled, more=length >= SENDFILE_FROM)
         filled = begun = 0
