@@ -209,8 +209,12 @@ class Node:
     @property
     def detects_zeroes(self) -> BlockdevDetectZeroesOptions:
         """What this node, or else one below, wants done with writes that are all zero."""
-        wanted = [self.options.detect_zeroes, *(edge.node.detects_zeroes for edge in self.children.values())]
-        return next((each for each in wanted if each is not BlockdevDetectZeroesOptions.OFF), wanted[0])
+        wanted = self.options.detect_zeroes
+        for edge in self.children.values():
+            if wanted is not BlockdevDetectZeroesOptions.OFF:
+                break
+            wanted = edge.node.detects_zeroes
+        return wanted
 
     # Changing what is there ------------------------------------------------------------------------------------
 

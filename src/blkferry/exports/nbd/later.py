@@ -47,15 +47,33 @@ def read(client: NbdClient, request: Request) -> bool:
     return read_plain(client, codec.head(mode, request), request.cookie.to_bytes(8, "big"), request.offset, length)
 
 
+def write_plain(client: NbdClient, head: int, cookie: bytes, offset: int, payload: memoryview) -> bool:
+    """Begin a write without flags of what lies in the scratch memory of the turn."""
+    length = len(payload)
+    buffer = client.services.buffers.acquire(length)
+    buffer.view[:length] = payload
+    if _write(client, head, cookie, offset, length, buffer):
+        return True
+    buffer.release()
+    return False
+
+
 def write(client: NbdClient, request: Request, buffer: Buffer) -> bool:
     """Begin a write without FUA; `buffer` holds its bytes, and is released at its end."""
-    length = request.length
+    head = codec.head(client.mode, request)
+    return _write(client, head, request.cookie.to_bytes(8, "big"), request.offset, request.length, buffer)
 
+
+def _write(client: NbdClient, head: int, cookie: bytes, offset: int, length: int, buffer: Buffer) -> bool:
     def written(result: int) -> None:
         buffer.release()
-        client.finished(request, result, length)
+        if result < 0:
+            client.finished(codec.request(head, cookie, offset, length), result, length)
+            return
+        client.queue(codec.write_reply(client.mode, cookie, offset))
+        client.finished(None, 0, length)
 
-    if not client.root.write_later(request.offset, buffer.view[:length], written):
+    if not client.root.write_later(offset, buffer.view[:length], written):
         return False
     client.begin(length)
     return True

@@ -54,6 +54,7 @@ def serve(client: NbdClient, data: memoryview, end: int) -> int:
     read_end = write_end = map_end = hot_end = delta = inline_flags = hot = bits = mark_bits = 0
     fd = -1
     window = pieces = put = marking = marked = None
+    begins_writes = False
     current: Lane | Places | None = places  # neither a lane nor none
     throttled: Storage | Places = places
     started = places.turn = time.monotonic()
@@ -77,6 +78,7 @@ def serve(client: NbdClient, data: memoryview, end: int) -> int:
         pieces, bits, size, node = places.granules, places.bits, places.size, root.node
         if places.may_write and not root.writethrough and started >= places.inline_writes_from:
             put = access.write_now
+        begins_writes = places.opaque and not client.read_only
     mode = client.mode
     simple, structured = mode is Mode.SIMPLE, mode is Mode.STRUCTURED
     read_head, read_df_head, write_head, unpack, header, data_prefix, pack_data, data_header = codec.FAST[mode]
@@ -248,6 +250,21 @@ def serve(client: NbdClient, data: memoryview, end: int) -> int:
             and later.read_plain(client, head, cookie, offset, length)
         ):
             pos += header
+            straight = False
+            budget -= length
+            if budget <= 0:
+                break
+            continue
+        elif (
+            begins_writes
+            and head == write_head
+            and 0 < length <= end - pos - header
+            and offset + length <= size
+            and not client.must_wait()
+            and later.write_plain(client, head, cookie, offset, data[pos + header : pos + header + length])
+        ):
+            pos += header + length
+            carried += length
             straight = False
             budget -= length
             if budget <= 0:
