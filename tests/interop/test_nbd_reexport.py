@@ -26,9 +26,9 @@ CONTENT = random.Random(5).randbytes(SIZE)
 
 
 @contextlib.contextmanager
-def serving(socket, image):
+def serving(socket, image, *options):
     """A server of others until the end of the block, however that comes."""
-    argv = [*peers.peer("nbdkit"), "-f", "-U", str(socket), "file", str(image)]
+    argv = [*peers.peer("nbdkit"), "-f", "-U", str(socket), "file", str(image), *options]
     with subprocess.Popen(argv, stderr=subprocess.DEVNULL) as process:
         try:
             while not socket.exists():
@@ -179,6 +179,26 @@ def test_what_must_be_durable_or_looked_at_is_not_begun_like_that(gated):
             client.write(0, bytes(4096))
             client.write(0, b"\1" * 4096)
             assert called() == ["remap", "write"]
+
+
+def test_a_server_of_large_blocks(tmp_path, image, monkeypatch):
+    """Whole blocks take no task; what changes a part of one loses nothing of what others write to it meanwhile."""
+    policy = ["blocksize-minimum=4096", "blocksize-preferred=4096", "blocksize-maximum=65536"]
+    options = ["--filter=blocksize-policy", "--filter=delay", *policy, "blocksize-error-policy=error", "wdelay=2ms"]
+    with serving(tmp_path / "s", image, *options), DaemonThread() as daemon:
+        add(daemon, tmp_path / "s")
+        daemon.export("n")
+        with daemon.client() as client:
+            for turn in range(1, 50):
+                new, small = bytes([turn]) * 4096, b"small" * 10
+                requests = [(8192, new), (8192 + 100, small), (8192 + 4096 - 20, small), (12288, new)]
+                for cookie in [client.submit(Cmd.WRITE, at, len(data), 0, data) for at, data in requests]:
+                    assert not client.wait(cookie).error
+                both = client.read(8192, 8192)
+                left = both[:100] + both[150:4076] + both[4126:]
+                assert left == bytes([turn]) * len(left)
+            monkeypatch.setattr(Nbd, "write", never)
+            client.write(16384, b"w" * 8192)
 
 
 @pytest.mark.parametrize("delay", [0, 20])

@@ -24,6 +24,7 @@ from blkferry.extent import MAX_EXTENTS, Content, Effort, Extent
 from blkferry.graph.graph import Graph, Opening
 from blkferry.graph.node import Node
 from blkferry.graph.root import Root
+from blkferry.plane.drain import InFlight
 from blkferry.plane.engine import Done
 from blkferry.plane.services import Services
 from blkferry.schema.block import BlockdevOptions
@@ -94,7 +95,8 @@ class Nbd(Node):
         self._minimum, self._maximum = session.minimum, session.maximum
         self.length = session.size
         self.alignment = self.remap_alignment = session.minimum
-        self._writes = asyncio.Lock()
+        self._edges = asyncio.Lock()  # held by who reads an edge and writes it back: no change may come between
+        self._writes = InFlight()  # of whole blocks, by callbacks
         self._changes = 0
         self._answers: dict[int, list[Extent]] = {}
         self._has_context = session.context is not None
@@ -190,7 +192,8 @@ class Nbd(Node):
             return
         end = start + len(view)
         first, last = align_down(start, self._minimum), min(align_up(end, self._minimum), self.length)
-        async with self._writes:  # no write may come between the reading of an edge and its writing
+        async with self._edges:
+            await self._writes.idle()
             if (first, last) != (start, end):
                 whole = memoryview(bytearray(last - first))
                 await self._read(first, whole)
@@ -204,16 +207,20 @@ class Nbd(Node):
             await self._change(Cmd.WRITE, start + at, len(part), view=part)
 
     def write_later(self, start: int, view: memoryview, done: Done) -> bool:
-        if self._minimum > 1 or len(view) > self._maximum:
+        if len(view) > self._maximum:
+            return False
+        if self._minimum > 1 and ((start | len(view)) & (self._minimum - 1) or self._edges.locked()):
             return False
 
         def written(result: int) -> None:
             self._changed()
+            self._writes.end()
             done(result)
 
         if not self._lines.begin(_WRITE, start, len(view), view, written):
             return False
         self._changed()
+        self._writes.begin()
         return True
 
     async def remap(self, start: int, length: int, *, unmap: bool, fast: bool) -> None:
@@ -221,13 +228,13 @@ class Nbd(Node):
         if self._flags & wanted != wanted:
             raise OSError(errno.ENOTSUP, "the NBD server cannot do that")
         flags = (0 if unmap and self.unmaps else CmdFlag.NO_HOLE) | (CmdFlag.FAST_ZERO if fast else 0)
-        async with self._writes:
+        async with self._whole_blocks():
             for at in range(start, start + length, GIB):
                 await self._change(Cmd.WRITE_ZEROES, at, min(GIB, start + length - at), flags=flags)
 
     async def discard(self, start: int, length: int) -> None:
         if self.unmaps and self._flags & TransmissionFlag.SEND_TRIM:
-            async with self._writes:
+            async with self._whole_blocks():
                 for at in range(start, start + length, GIB):
                     await self._change(Cmd.TRIM, at, min(GIB, start + length - at))
 
@@ -244,6 +251,10 @@ class Nbd(Node):
 
     def flush_later(self, done: Done) -> bool:
         return bool(self._flags & TransmissionFlag.SEND_FLUSH) and self._lines.begin(_FLUSH, 0, 0, None, done)
+
+    def _whole_blocks(self) -> contextlib.AbstractAsyncContextManager[None]:
+        """For a change of whole blocks: it comes between nobody's reading and writing of an edge."""
+        return self._edges if self._minimum > 1 else contextlib.nullcontext()
 
     async def _change(
         self, command: Cmd, start: int, length: int, *, flags: int = 0, view: memoryview | None = None
@@ -289,7 +300,7 @@ class Nbd(Node):
 
     def move(self, services: Services) -> None:
         super().move(services)
-        self._writes = asyncio.Lock()
+        self._edges = asyncio.Lock()
         self._lines.move(services)
 
     async def close(self) -> None:
