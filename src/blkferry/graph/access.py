@@ -118,11 +118,11 @@ def _resolve(
             run_at = run.start + shift
             if in_place and run.in_place:
                 runs.append(run._replace(start=run_at))
-            else:
+            else:  # spelled out, as _replace takes more than twice as long
+                _, size, kind, source, at_source, storage, _, is_allocated, _, _, layer = run
+                layer += depth
                 runs.append(
-                    run._replace(
-                        start=run_at, in_place=False, writer=node, writer_offset=run_at, depth=run.depth + depth
-                    )
+                    Run(run_at, size, kind, source, at_source, storage, False, is_allocated, node, run_at, layer)
                 )
         if below[-1].start + below[-1].length + shift < at + run_length:
             break  # the child did not answer for all of it
