@@ -351,3 +351,31 @@ def test_who_has_given_up_does_not_wait_anew(tmp_path, image):
                 assert not root.read_later(0, view, print)
 
         daemon.call(ask)
+
+
+def test_a_cancelled_read_costs_nobody_the_connection(gated):
+    """Its memory is left alone, and the answer is thrown away when it comes."""
+    upstream, node = gated
+    with upstream.client() as client:
+        client.write(0, b"data" * 1024)
+    with DaemonThread() as daemon:
+        add(daemon, upstream.socket)
+        daemon.export("n")
+        view = memoryview(bytearray(4096))
+        gate = node.gates["read"] = asyncio.Event()
+
+        reading = asyncio.run_coroutine_threadsafe(
+            Root(daemon.daemon.graph.find("n"), "a user").read(0, view), daemon.loop
+        )
+        eventually(lambda: ("read", 0, 4096) in node.calls)
+        reading.cancel()
+        del node.gates["read"]
+        lines = daemon.daemon.graph.nodes["n"]._lines
+        eventually(lambda: lines.forsaken.count == 1)
+        with daemon.client() as client:
+            assert client.read(0, 4096) == b"data" * 1024
+            upstream.loop.call_soon_threadsafe(gate.set)
+            eventually(lambda: not lines.forsaken.count)
+            client.write(4096, b"more")
+        assert not lines.all[0].connection.lost
+        assert view == bytes(4096)
