@@ -85,6 +85,8 @@ graph can tell. Up to the other two ends they may be read, and overwritten, from
 """
 
 NOWHERE: Final[Piece] = (None, 0, 0, 0, 0)
+DRIVEN: Final[Piece] = (None, -1, 0, 0, 0)
+"""All of it only one driver can read."""
 
 Stretch = tuple[Lane | None, int, int, int]
 """(lane, delta, start, end): like a piece, anywhere in the export."""
@@ -113,6 +115,7 @@ class Places:
         self.granules: dict[int, Piece] = {}
         self.bits = GRANULE_BITS
         self.may_write = False  # from within a turn
+        self.opaque = False  # all of the export is for one driver to read: there are no places
         self.lent = False  # a place that is being sent from may be used for something else meanwhile
         self.turn = 0.0  # when this turn of a client began
         self.inline_writes_from = 0.0  # as in Storage, where there is no `whole`
@@ -125,6 +128,7 @@ class Places:
         if not self._looked:
             self._looked = True
             self.may_write = self._writable and not self._root.detects_zeroes
+            self.opaque = False
             self.lent = any(node.reuses_places for node in depends_on(self._root.node))
             self.whole = self._find_whole()
         return self.whole
@@ -135,6 +139,9 @@ class Places:
         if not found or len(found) > 1:
             return None
         (run,) = found
+        if run.content is Content.OPAQUE and run.length == self.size:
+            self.opaque, self.may_write = True, False
+            return None
         if run.content is not Content.DATA or run.storage is None or run.length < self.size:
             return None
         if self._writable and not run.in_place:  # a write will move a part of it
@@ -184,6 +191,8 @@ class Places:
 
     def fill(self, offset: int) -> Piece:
         """The piece at `offset`, which `granules` does not have. `bits` may have changed afterwards."""
+        if self.opaque:
+            return DRIVEN
         if offset >= self.size:
             return NOWHERE
         bits, granules = self.bits, self.granules
@@ -217,7 +226,7 @@ class Places:
         writable = in_place and self.may_write and lane is not None and not lane.storage.direct
         number = start + (1 << bits) - 1 >> bits
         while (end := min(number + 1 << bits, size)) <= stop and number << bits < end:
-            piece = (lane, delta, end, end if readable else 0, end if writable else 0) if known else NOWHERE
+            piece = (lane, delta, end, end if readable else 0, end if writable else 0) if known else DRIVEN
             self.granules[number] = piece
             number += 1
 
@@ -262,7 +271,10 @@ class Places:
         found: list[Stretch] = []
         at = offset
         while at < end:
-            lane, delta, until, _, _ = self.granules.get(at >> self.bits) or self.fill(at)
+            piece = self.granules.get(at >> self.bits) or self.fill(at)
+            if piece is DRIVEN:
+                return None
+            lane, delta, until, _, _ = piece
             parts: list[Stretch] | None = [(lane, delta, at, min(until, end))]
             if not until:
                 parts = self._mixed_stretches(at, min((at >> self.bits) + 1 << self.bits, end))

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from blkferry.graph.bitmaps import DirtyBitmap
     from blkferry.graph.graph import Graph, Opening
     from blkferry.graph.reopen import Reopening
+    from blkferry.graph.root import Root
+    from blkferry.plane.engine import Done
     from blkferry.plane.services import Services
     from blkferry.plane.storage import Storage
 
@@ -186,11 +188,33 @@ class Node:
         del start, view
         return False
 
+    # The same begun within a turn of the loop and ended in a later one, by a call of `done` with 0 or a negated errno.
+    # Each tells whether it was begun; where it was not, the coroutine does it. The memory is the driver's until `done`.
+
+    def read_later(self, start: int, view: memoryview, done: Done) -> bool:
+        """`read` like that. `view` is not empty."""
+        del start, view, done
+        return False
+
+    def write_later(self, start: int, view: memoryview, done: Done) -> bool:
+        """`write` like that. `view` is not empty."""
+        del start, view, done
+        return False
+
+    def flush_later(self, done: Done) -> bool:
+        """`flush` like that."""
+        del done
+        return False
+
     @property
     def detects_zeroes(self) -> BlockdevDetectZeroesOptions:
         """What this node, or else one below, wants done with writes that are all zero."""
-        wanted = [self.options.detect_zeroes, *(edge.node.detects_zeroes for edge in self.children.values())]
-        return next((each for each in wanted if each is not BlockdevDetectZeroesOptions.OFF), wanted[0])
+        wanted = self.options.detect_zeroes
+        for edge in self.children.values():
+            if wanted is not BlockdevDetectZeroesOptions.OFF:
+                break
+            wanted = edge.node.detects_zeroes
+        return wanted
 
     # Changing what is there ------------------------------------------------------------------------------------
 
@@ -219,8 +243,11 @@ class Node:
 
         await self._on_children(start, length, act)
 
-    def cancel_in_flight(self) -> None:
-        """Have requests that wait for something outside (a server that is gone, say) fail soon. On the node's loop."""
+    def cancel_in_flight(self, user: Root | None = None) -> None:
+        """Have requests that wait for something outside (a server that is gone, say) fail soon, or those of one user.
+
+        Called on the node's loop. A user is `given_up` then, which is for the driver to look at before it waits anew.
+        """
 
     async def prefetch(self, start: int, length: int) -> None:
         """Bring the range into the page cache."""
