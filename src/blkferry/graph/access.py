@@ -32,9 +32,10 @@ _ZERO_CHUNK = 1 << 20
 class Run(NamedTuple):
     """A resolved extent: `length` bytes of a node from `start`, at `offset` of `storage` when the content is DATA.
 
-    For OPAQUE content `node` can read it, at `offset`. `in_place`: overwriting there changes no metadata. Otherwise
-    `writer` takes what is written, at `writer_offset`. `depth` counts the backing files between the node that was
-    asked and the one that answered.
+    For OPAQUE content `node` can read it, at `offset`. `in_place`: overwriting there changes no metadata. Whoever does
+    so has the nodes in `marks` note it first (`mark`), each with where the run begins in it. Otherwise `writer` takes
+    what is written, at `writer_offset`. `depth` counts the backing files between the node that was asked and the one
+    that answered.
     """
 
     start: int
@@ -48,6 +49,12 @@ class Run(NamedTuple):
     writer: Node
     writer_offset: int
     depth: int = 0
+    marks: tuple[tuple[Node, int], ...] = ()
+
+    def mark(self) -> None:
+        """All of it is about to be overwritten in place."""
+        for node, at in self.marks:
+            node.mark_dirty_bitmaps(at, at + self.length)
 
 
 class Miss(NamedTuple):
@@ -61,38 +68,15 @@ class Miss(NamedTuple):
         await self.node.load(self.start, self.length)
 
 
-def resolve(
-    node: Node, start: int, length: int, effort: Effort, to_mark: list[tuple[Node, int]] | None = None
-) -> list[Run] | Miss:
-    """Runs from `start`, over `length` bytes at most, or what has to be loaded before the first can be told.
-
-    Nothing is to be overwritten in place that a bitmap of a node on the way has yet to mark: that node is the writer.
-    Who gives `to_mark` takes care of that himself: in it he finds the nodes on the way that record, and what the
-    beginning of each stretch that was looked up is there.
-    """
-    if to_mark is not None:
-        if node.recording:
-            to_mark.append((node, start))
-        return _resolve(node, start, length, effort, to_mark)
+def resolve(node: Node, start: int, length: int, effort: Effort) -> list[Run] | Miss:
+    """Runs from `start`, over `length` bytes at most, or what has to be loaded before the first can be told."""
     found = _resolve(node, start, length, effort)
-    if not node.dirty_bitmaps or isinstance(found, Miss) or not any(run.in_place for run in found):
-        return found  # of what is not in place this node is the writer anyway
-    if effort is Effort.PLACE:
-        alike, marked = node.marked_stretch(start, length)
-        if alike < length:
-            again = _resolve(node, start, alike, effort)
-            assert not isinstance(again, Miss)  # the lookup before began at the same place
-            found = again
-    else:
-        marked = not node.recording
-    if marked:
+    if node.dirty_bitmaps.written is None or isinstance(found, Miss):
         return found
-    return [run._replace(in_place=False, writer=node, writer_offset=run.start) for run in found]
+    return [run._replace(marks=((node, run.start), *run.marks)) if run.in_place else run for run in found]
 
 
-def _resolve(
-    node: Node, start: int, length: int, effort: Effort, to_mark: list[tuple[Node, int]] | None = None
-) -> list[Run] | Miss:
+def _resolve(node: Node, start: int, length: int, effort: Effort) -> list[Run] | Miss:
     extents = node.lookup(start, length, effort)
     if extents is None:
         return Miss(node, start, length)
@@ -101,10 +85,10 @@ def _resolve(
         at, run_length, content, offset, child, in_place, allocated, settled = extent
         if content is Content.DATA and child is not None:
             child_node = node.children[child].node
-            below = resolve(child_node, offset, run_length, Effort.PLACE if settled else effort, to_mark)
+            below = resolve(child_node, offset, run_length, Effort.PLACE if settled else effort)
             shift, depth = at - offset, 0
         elif content is Content.BELOW:
-            below = _resolve_backing(node, at, run_length, effort, to_mark)
+            below = _resolve_backing(node, at, run_length, effort)
             shift, depth = 0, 1
         else:
             storage = node.storage if content is Content.DATA else None
@@ -128,15 +112,13 @@ def _resolve(
     return runs
 
 
-def _resolve_backing(
-    node: Node, start: int, length: int, effort: Effort, to_mark: list[tuple[Node, int]] | None
-) -> list[Run] | Miss:
+def _resolve_backing(node: Node, start: int, length: int, effort: Effort) -> list[Run] | Miss:
     """What shows through from the backing child; behind its end there are zeroes."""
     edge = node.children.get(BACKING)
     available = edge.node.length - start if edge is not None else 0
     if edge is None or available <= 0:
         return [Run(start, length, Content.ZERO, node, start, None, False, False, node, start)]
-    return resolve(edge.node, start, min(length, available), effort, to_mark)
+    return resolve(edge.node, start, min(length, available), effort)
 
 
 async def load_runs(node: Node, start: int, length: int, effort: Effort = Effort.PLACE) -> list[Run]:
@@ -224,8 +206,7 @@ async def write(node: Node, start: int, view: memoryview, *, fua: bool = False) 
         if not runs[0].in_place:
             length = _same_writer(runs)
             writer, at = runs[0].writer, runs[0].writer_offset
-            if writer.mark_dirty_bitmaps(at, at + length):
-                continue  # that may have been all that was in the way
+            writer.mark_dirty_bitmaps(at, at + length)
             await writer.write(at, view[done : done + length])
             done += length
             flush = fua
@@ -234,6 +215,7 @@ async def write(node: Node, start: int, view: memoryview, *, fua: bool = False) 
             for run in runs:
                 if not run.in_place or run.storage is None:
                     break
+                run.mark()
                 through = fua and node.flush_target() is run.storage
                 await _write_storage(run.storage, run.offset, view[done : done + run.length], through)
                 flush = flush and not through
@@ -269,8 +251,7 @@ def write_now(node: Node, start: int, view: memoryview) -> bool:
         if not runs[0].in_place:
             length = _same_writer(runs)
             writer, at = runs[0].writer, runs[0].writer_offset
-            if writer.mark_dirty_bitmaps(at, at + length):
-                continue
+            writer.mark_dirty_bitmaps(at, at + length)
             if not writer.write_now(at, view[done : done + length]):
                 return False
             done += length
@@ -280,6 +261,7 @@ def write_now(node: Node, start: int, view: memoryview) -> bool:
                 break
             if run.storage.direct:
                 return False
+            run.mark()
             run.storage.write_now(view[done : done + run.length], run.offset)
             done += run.length
     return True
