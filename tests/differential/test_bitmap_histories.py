@@ -26,6 +26,7 @@ from blkferry.graph.bitmaps import DirtyBitmap
 from blkferry.graph.loan import lend
 from blkferry.graph.permissions import Permission
 from blkferry.testing.daemon import DaemonThread
+from blkferry.wire.nbd.constants import CmdFlag
 
 pytestmark = peers.requires("qemu-img")
 SIZE = 1 << 20
@@ -104,10 +105,10 @@ class Histories(RuleBasedStateMachine):
         at = min(at, len(self.disk) - 1)
         return at, min(length, len(self.disk) - at)
 
-    @rule(at=offsets, length=lengths, byte=st.integers(0, 255), export=exports)
-    def write(self, at, length, byte, export):
+    @rule(at=offsets, length=lengths, byte=st.integers(0, 255), export=exports, flags=st.sampled_from([0, CmdFlag.FUA]))
+    def write(self, at, length, byte, export, flags):
         at, length = self.within(at, length)
-        self.clients[export].write(at, bytes([byte]) * length)
+        self.clients[export].write(at, bytes([byte]) * length, flags)
         self.disk[at : at + length] = bytes([byte]) * length
 
     @with_holes

@@ -35,7 +35,13 @@ class Marking:
 
     def suffices(self, run: Run) -> bool:
         """Whether these are all that have to hear of what is written to a run of the export."""
-        return [(node, at - run.start) for node, at in run.marks] == self._nodes
+        nodes, marks = self._nodes, run.marks
+        if len(nodes) != len(marks):
+            return False
+        for (node, start), (recorder, at) in zip(nodes, marks, strict=True):
+            if node is not recorder or at - run.start != start:
+                return False
+        return True
 
 
 def find_marking(node: Node, size: int) -> Marking | None:

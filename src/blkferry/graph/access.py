@@ -70,17 +70,12 @@ class Miss(NamedTuple):
 
 def resolve(node: Node, start: int, length: int, effort: Effort) -> list[Run] | Miss:
     """Runs from `start`, over `length` bytes at most, or what has to be loaded before the first can be told."""
-    found = _resolve(node, start, length, effort)
-    if node.dirty_bitmaps.written is None or isinstance(found, Miss):
-        return found
-    return [run._replace(marks=((node, run.start), *run.marks)) if run.in_place else run for run in found]
-
-
-def _resolve(node: Node, start: int, length: int, effort: Effort) -> list[Run] | Miss:
     extents = node.lookup(start, length, effort)
     if extents is None:
         return Miss(node, start, length)
+    records = node.dirty_bitmaps.written is not None
     runs: list[Run] = []
+    marks: tuple[tuple[Node, int], ...]
     for extent in extents:
         at, run_length, content, offset, child, in_place, allocated, settled = extent
         if content is Content.DATA and child is not None:
@@ -93,14 +88,16 @@ def _resolve(node: Node, start: int, length: int, effort: Effort) -> list[Run] |
         else:
             storage = node.storage if content is Content.DATA else None
             here = in_place and storage is not None
-            runs.append(Run(at, run_length, content, node, offset, storage, here, allocated, node, at))
+            marks = ((node, at),) if here and records else ()
+            runs.append(Run(at, run_length, content, node, offset, storage, here, allocated, node, at, marks=marks))
             continue
         if isinstance(below, Miss):
             return runs or below
         for run in below:
             run_at = run.start + shift
             if in_place and run.in_place:
-                runs.append(run._replace(start=run_at))
+                marks = ((node, run_at), *run.marks) if records else run.marks
+                runs.append(run._replace(start=run_at, marks=marks))
             else:
                 runs.append(
                     run._replace(
