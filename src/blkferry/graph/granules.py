@@ -47,12 +47,12 @@ class Granules:
         """Something happened to the bytes from `start` to `end`."""
         if end <= start:
             return
-        array, shift = self.array, self.granularity_bits
-        first, last = start >> shift, (end - 1) >> shift
-        first_byte, last_byte = first >> 3, last >> 3
+        shift, array = self.granularity_bits, self.array
+        first, last = start >> shift, end - 1 >> shift
         if first == last:  # most writes
-            array[first_byte] |= 1 << (first & 7)
+            array[first >> 3] |= 1 << (first & 7)
             return
+        first_byte, last_byte = first >> 3, last >> 3
         first_mask, last_mask = 0xFF << (first & 7) & 0xFF, 0xFF >> (7 - (last & 7))
         if first_byte == last_byte:
             array[first_byte] |= first_mask & last_mask
