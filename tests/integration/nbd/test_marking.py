@@ -101,3 +101,16 @@ def test_a_write_is_marked_and_nothing_else(daemon, tmp_path, disk, inline):
                     for at in range(0, len(after), 512):  # nobody knows which clusters an image takes
                         if before[at : at + 512] != after[at : at + 512]:
                             assert marked >> (at >> bits) & 1 or node == "n", (what, name, at)
+
+
+def test_what_was_written_last_is_stored_with_the_image(daemon, tmp_path):
+    add_qcow2(daemon, tmp_path)
+    daemon.execute("block-dirty-bitmap-add", node="n", name="b", persistent=True)
+    daemon.export("n")
+    with daemon.client() as client:
+        client.write(3 << 16, b"w")
+    daemon.execute("block-export-del", id="e", mode="hard")
+    daemon.execute("blockdev-del", node_name="n")
+    file = {"driver": "file", "filename": str(tmp_path / "disk")}
+    daemon.execute("blockdev-add", driver="qcow2", node_name="n", file=file)
+    assert int.from_bytes(daemon.daemon.graph.nodes["n"].dirty_bitmaps["b"].bits, "little") == 1 << 3
