@@ -200,8 +200,8 @@ ROWS = (
         32,
         servers=WITH_BITMAPS,
         target=RECORDED,
-        most_bytes=128 << 20,
-        note="Of 32,768 writes about 14,000 are the first in their granule. The target is against us without bitmaps.",
+        most_bytes=256 << 20,
+        note="Of 65,536 writes some 16,000 are the first in their granule. The target is against us without bitmaps.",
     ),
     Row(
         "bitmaps-qcow2-allocate-random-qd32",
@@ -212,7 +212,7 @@ ROWS = (
         image=Image.QCOW2_FRESH,
         servers=WITH_BITMAPS,
         target=RECORDED,
-        most_bytes=128 << 20,
+        most_bytes=256 << 20,
     ),
     Row(
         "tls-read-256k-qd8",
