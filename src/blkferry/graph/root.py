@@ -81,19 +81,9 @@ class Root:
 
     # Reading ---------------------------------------------------------------------------------------------------
 
-    def runs(
-        self,
-        start: int,
-        length: int,
-        effort: Effort = Effort.PLACE,
-        *,
-        to_mark: list[tuple[Node, int]] | None = None,
-    ) -> list[Run] | None:
-        """Runs from `start`, not always to the end of the range; None when metadata must be loaded first.
-
-        For `to_mark` see `access.resolve`.
-        """
-        found = access.resolve(self.node, start, length, effort, to_mark)
+    def runs(self, start: int, length: int, effort: Effort = Effort.PLACE) -> list[Run] | None:
+        """Runs from `start`, not always to the end of the range; None when metadata must be loaded first."""
+        found = access.resolve(self.node, start, length, effort)
         return None if isinstance(found, Miss) else found
 
     async def read(self, start: int, view: memoryview) -> None:

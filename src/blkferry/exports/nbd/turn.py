@@ -68,9 +68,6 @@ def serve(client: NbdClient, data: memoryview, end: int) -> int:
         hot_end = min(map_end - delta, read_end)
         if storage.direct or root.writethrough or started < storage.inline_writes_from:
             write_end = 0
-        marking = places.marking
-        if marking is not None:
-            marked, mark_bits = marking.marked, marking.bits
     else:
         replies.storages.clear()
         if client.outbox.lends:
@@ -79,6 +76,9 @@ def serve(client: NbdClient, data: memoryview, end: int) -> int:
         if places.may_write and not root.writethrough and started >= places.inline_writes_from:
             put = access.write_now
         begins_writes = places.opaque and not client.read_only
+    marking = places.marking
+    if marking is not None:
+        marked, mark_bits = marking.marked, marking.bits
     mode = client.mode
     simple, structured = mode is Mode.SIMPLE, mode is Mode.STRUCTURED
     read_head, read_df_head, write_head, unpack, header, data_prefix, pack_data, data_header = codec.FAST[mode]
@@ -183,11 +183,12 @@ def serve(client: NbdClient, data: memoryview, end: int) -> int:
                 filled = start + length
                 continue
         elif head == write_head and offset + length <= write_end and 0 < length <= end - pos - header:
-            if marked is not None:
+            if marking is not None:
                 stretch = offset >> mark_bits
-                if not marked[stretch] or offset + length > stretch + 1 << mark_bits:
-                    assert marking is not None
+                if marked is None or offset + length > stretch + 1 << mark_bits:
                     marking.mark(offset, length)
+                else:
+                    marked[stretch >> 3] |= 1 << (stretch & 7)
             pos += header
             storage.dirty += 1  # at once: a flush may follow in this very turn
             try:
