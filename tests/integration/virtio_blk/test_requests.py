@@ -3,6 +3,7 @@
 import os
 import random
 import struct
+import time
 
 import pytest
 
@@ -29,18 +30,33 @@ def daemon(request):
 def node(daemon, request, tmp_path):
     """The name of a node of the kind that the test asks for."""
     kind = getattr(request, "param", "buffered")
-    nodes.add(daemon, kind, tmp_path, SIZE, name="n")
+    if kind == "qcow2":
+        add_qcow2(daemon, tmp_path / "n.qcow2")
+    else:
+        nodes.add(daemon, kind, tmp_path, SIZE, name="n")
     yield "n"
     for name in ("n", "n-file", "n-below"):
         if name in daemon.daemon.graph.nodes:
             daemon.execute("blockdev-del", node_name=name)
 
 
+def add_qcow2(daemon, path):
+    path.touch()
+    daemon.execute("blockdev-add", driver="file", node_name="n-file", filename=str(path), discard="unmap")
+    daemon.execute("blockdev-create", job_id="j", options={"driver": "qcow2", "file": "n-file", "size": SIZE})
+    deadline = time.monotonic() + 10
+    while daemon.execute("query-jobs")[0]["status"] != "concluded":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    daemon.execute("job-dismiss", id="j")
+    daemon.execute("blockdev-add", driver="qcow2", node_name="n", file="n-file", discard="unmap")
+
+
 def segment(sector, sectors, flags=0):
     return struct.pack("<QII", sector, sectors, flags)
 
 
-@pytest.mark.parametrize("node", [*nodes.KINDS, *nodes.SHUFFLED], indirect=True)
+@pytest.mark.parametrize("node", [*nodes.KINDS, *nodes.SHUFFLED, "qcow2"], indirect=True)
 @pytest.mark.parametrize("features", [FEATURES, PACKED], ids=["split", "packed"])
 def test_histories_agree_with_a_model(daemon, node, features):
     """Several requests at once, whose ranges do not overlap, in descriptors cut anywhere."""
@@ -235,3 +251,23 @@ def test_a_file_that_ends_amid_a_sector(daemon, tmp_path, direct):
         assert disk.run(Type.OUT, last, b"\xaa" * 512)[0] == OK
         assert disk.run(Type.IN, last - 1, length=1024) == (OK, b"\x55" * 512 + b"\xaa" * 512)
     daemon.execute("blockdev-del", node_name="odd")
+
+
+@pytest.mark.parametrize("node", ["buffered", "qcow2", "direct"], indirect=True)
+def test_dirty_bitmaps_hear_of_every_write(daemon, node):
+    with VirtioDisk(daemon, node) as disk:
+        assert disk.run(Type.OUT, 0, bytes(SIZE // 2))[0] == OK, "so that what follows overwrites"
+        daemon.execute("block-dirty-bitmap-add", node=node, name="b", granularity=4096)
+        bitmap = daemon.daemon.graph.find(node).dirty_bitmaps["b"]
+        wanted = set()
+        for granule in (3, 3, 40, 200):
+            assert disk.run(Type.OUT, 8 * granule, b"\x55" * 4096)[0] == OK
+            wanted.add(granule)
+            assert bitmap.dirty_bytes == 4096 * len(wanted)
+        assert disk.run(Type.OUT, 8 * 50 + 7, b"\x55" * 1024)[0] == OK
+        assert bitmap.dirty_bytes == 4096 * (len(wanted) + 2)
+        assert disk.run(Type.WRITE_ZEROES, 0, segment(8 * 60, 8))[0] == OK
+        assert bitmap.dirty_bytes == 4096 * (len(wanted) + 3)
+        daemon.execute("block-dirty-bitmap-clear", node=node, name="b")
+        assert disk.run(Type.OUT, 8 * 3, b"\x66" * 4096)[0] == OK
+        assert bitmap.dirty_bytes == 4096
