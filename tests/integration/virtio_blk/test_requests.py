@@ -1,5 +1,6 @@
 """What a driver asks is done, over every kind of node, with every kind of ring; and what it may not ask is refused."""
 
+import itertools
 import os
 import random
 import struct
@@ -9,6 +10,7 @@ import pytest
 
 from blkferry.testing import nodes
 from blkferry.testing.daemon import DaemonThread
+from blkferry.testing.virtio import NEXT, WRITE
 from blkferry.testing.virtio_device import FEATURES, VirtioDisk
 from blkferry.wire.virtio.features import Feature
 from blkferry.wire.virtio_blk import Feature as Blk
@@ -173,6 +175,33 @@ def test_how_a_request_is_cut_into_descriptors_means_nothing(daemon, node, featu
                     pass
                 assert used == (head, 513)
                 assert memory.read(where + 16, 513) == bytes(range(256)) * 2 + b"\0"
+
+
+def test_an_indirect_table_is_chained_as_it_says(daemon, node):
+    """Section 2.7.5.3: by the next field, which need not be the entry that follows."""
+    with VirtioDisk(daemon, node) as disk:
+        assert disk.run(Type.OUT, 0, b"\x55" * 512)[0] == OK
+        memory = disk.memory
+        header, data, status, table = (memory.allocate(512, 512) for _ in range(4))
+        memory.write(header, struct.pack("<IIQ", Type.IN, 0, 0))
+        for order in ((0, 1, 2), (0, 2, 1), (1, 2, 0)):
+            memory.write(data, bytes(512))
+            memory.write(status, b"\xff")
+            head = disk.ring.add([(header, 16, False), (data, 512, True), (status, 1, True)], table=table)
+            entries = [(header, 16, NEXT), (data, 512, NEXT | WRITE), (status, 1, WRITE)]
+            for at, (address, length, flags) in zip(order, entries, strict=True):
+                after = dict(itertools.pairwise(order)).get(at, 0)
+                disk.ring.put_descriptor(memory.at(table, 48), at, address, length, flags, after)
+            disk.publish()
+            while (used := disk.ring.take()) is None:
+                pass
+            if order[0]:  # the chain begins with the first entry of the table, which is its status
+                assert used == (head, 1)
+                assert memory.read(status, 1) == b"\1"
+            else:
+                assert used == (head, 513)
+                assert memory.read(data, 512) == b"\x55" * 512
+                assert memory.read(status, 1) == b"\0"
 
 
 def test_a_request_without_header_or_status_fails_alone(daemon, node):
