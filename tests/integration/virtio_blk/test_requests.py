@@ -204,6 +204,19 @@ def test_an_indirect_table_is_chained_as_it_says(daemon, node):
                 assert memory.read(status, 1) == b"\0"
 
 
+def test_an_indirect_table_that_leads_out_of_itself(daemon, node):
+    with VirtioDisk(daemon, node) as disk:
+        disk.block.indirect = True
+        sent = disk.block.add(Type.IN, 0, length=512)
+        table = disk.memory.allocate(0) - 48
+        disk.ring.put_descriptor(disk.memory.at(table, 48), 1, sent.data, 512, NEXT | WRITE, 3)
+        disk.publish()
+        deadline = time.monotonic() + 5
+        while not disk.failures and not disk.ring.take():
+            assert time.monotonic() < deadline
+        assert disk.failures == ["descriptor 3 of a table of 3"]
+
+
 def test_a_request_without_header_or_status_fails_alone(daemon, node):
     with VirtioDisk(daemon, node) as disk:
         where = disk.memory.allocate(64)
