@@ -9,6 +9,7 @@ from images import Cache, Image
 from servers import (
     BARE,
     BLKFERRY,
+    BLKFERRY_BITMAPS,
     BLKFERRY_FUSE,
     BLKFERRY_PASSTHROUGH,
     BLKFERRY_RAW,
@@ -16,6 +17,7 @@ from servers import (
     NBDKIT,
     NBDKIT_NOCACHE,
     QSD,
+    QSD_BITMAPS,
     QSD_FUSE,
     QSD_IO_URING,
     QSD_NATIVE,
@@ -24,6 +26,7 @@ from servers import (
 
 EVERYONE = (BLKFERRY, QSD, NBDKIT)
 QCOW2_READERS = (BLKFERRY, BLKFERRY_RAW, QSD)
+WITH_BITMAPS = (BLKFERRY_BITMAPS, BLKFERRY, QSD_BITMAPS)
 FUSE = (BLKFERRY_FUSE, QSD_FUSE)
 PASSTHROUGH = (BLKFERRY_PASSTHROUGH, BARE)
 DIRECT = (QSD, QSD_IO_URING, QSD_NATIVE, NBDKIT_NOCACHE)
@@ -46,6 +49,7 @@ EQUAL = Target(iops=1.0)
 TWICE = Target(iops=2.0)
 NEAR = Target(iops=0.8)
 ALLOCATING = Target(iops=1.0)
+RECORDED = Target(cpu=1.05)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +210,28 @@ ROWS = (
         target=ALLOCATING,
         most_bytes=64 << 20,
         note="16,384 writes into 16,384 clusters, each block once: most of them allocate.",
+    ),
+    Row(
+        "bitmaps-write-4k-qd32",
+        "4 KiB random write, QD 32, page cache, recorded by 4 dirty bitmaps",
+        "randwrite",
+        K4,
+        32,
+        servers=WITH_BITMAPS,
+        target=RECORDED,
+        most_bytes=256 << 20,
+        note="Of 65,536 writes some 16,000 are the first in their granule. The target is against us without bitmaps.",
+    ),
+    Row(
+        "bitmaps-qcow2-allocate-random-qd32",
+        "4 KiB random write to a new qcow2 image, QD 32, recorded by 4 dirty bitmaps",
+        "randwrite",
+        K4,
+        32,
+        image=Image.QCOW2_FRESH,
+        servers=WITH_BITMAPS,
+        target=RECORDED,
+        most_bytes=256 << 20,
     ),
     Row(
         "tls-read-256k-qd8",

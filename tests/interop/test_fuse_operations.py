@@ -368,8 +368,9 @@ def test_two_exports_of_a_node_show_the_same(daemon, kind, tmp_path):
         assert os.fstat(second).st_size == 4096
 
 
-def test_a_bitmap_hears_of_every_write(daemon, tmp_path):
-    add_node(daemon, tmp_path)
+def test_a_bitmap_hears_of_every_write(daemon, tmp_path, kind):
+    """Those over what has its place already, too, with other records and with none before it."""
+    add_node(daemon, tmp_path, kind)
     path = daemon.mount("n", tmp_path / "disk")
 
     def dirty():
@@ -377,13 +378,18 @@ def test_a_bitmap_hears_of_every_write(daemon, tmp_path):
         return node["dirty-bitmaps"][0]["count"]
 
     with File(path) as fd:
-        os.pwrite(fd, b"before", 0)
+        for number in range(5):
+            os.pwrite(fd, b"before" * 10000, 65536 * number)
         daemon.execute("block-dirty-bitmap-add", node="n", name="b", granularity=65536)
-        for number in (0, 0, 3, 3, 5):
-            os.pwrite(fd, b"after", 65536 * number)
-        assert dirty() == 3 * 65536
-        fallocate(fd, PUNCH, 65536 * 7, 65536)
-        assert dirty() == 4 * 65536
+        for _ in range(2):
+            for number in (0, 0, 3, 3, 5):
+                os.pwrite(fd, b"after" * 1000, 65536 * number)
+            assert dirty() == 3 * 65536
+            os.pwrite(fd, b"both", 65536 * 2 - 2)
+            assert dirty() == 5 * 65536
+            fallocate(fd, PUNCH, 65536 * 7, 65536)
+            assert dirty() == 6 * 65536
+            daemon.execute("block-dirty-bitmap-clear", node="n", name="b")
 
 
 def test_a_safe_removal_is_refused_while_the_file_is_open(daemon, mounted):

@@ -15,12 +15,12 @@ import mmap
 import os
 import stat
 import struct
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from blkferry.plane import syscalls
 from blkferry.plane.buffers import Buffer
 from blkferry.plane.drain import InFlight, RangeLock, Uses, uninterrupted
-from blkferry.plane.engine import Done, Engine
+from blkferry.plane.engine import Done, Engine, Memory
 from blkferry.plane.services import Services
 from blkferry.plane.window import Window
 from blkferry.units import SECTOR, align_up
@@ -126,7 +126,7 @@ class Storage:
         if window is None:
             if self.inline_read_flags is None or not self.seek_inline or not self.size:
                 return None
-        elif self.size - window.size < max(window.size >> 2, _WORTH_MAPPING):
+        elif not window.lost and self.size - window.size < max(window.size >> 2, _WORTH_MAPPING):
             return window
         try:
             self._window = Window(self.fd, self.size, in_memory=self.in_memory)
@@ -190,7 +190,7 @@ class Storage:
 
     # Moving bytes ----------------------------------------------------------------------------------------------
 
-    def read(self, buffer: Buffer, start: int, length: int, offset: int, done: Done) -> None:
+    def read(self, buffer: Memory, start: int, length: int, offset: int, done: Done) -> None:
         """Read into a buffer by the engine; `done` gets the count (short only at the end of the file) or -errno."""
         use = self.readers.begin()
 
@@ -200,7 +200,7 @@ class Storage:
 
         self.engine.read(self.fd, buffer, start, length, offset, finish)
 
-    def write(self, buffer: Buffer, start: int, length: int, offset: int, fua: bool, done: Done) -> None:
+    def write(self, buffer: Memory, start: int, length: int, offset: int, fua: bool, done: Done) -> None:
         """Write from a buffer by way of the engine; with `fua` the bytes are durable when `done` is called."""
         use = self.writers.begin()
         flags = os.RWF_DSYNC if fua and not self.no_flush else 0
@@ -211,6 +211,30 @@ class Storage:
             done(result)
 
         self.engine.write(self.fd, buffer, start, length, offset, flags, finish)
+
+    def readv(self, pieces: Sequence[memoryview], offset: int, done: Done) -> None:
+        """Read into memory that is not ours, by way of the engine; `done` gets the count, which may be short."""
+        use = self.readers.begin()
+
+        def finish(result: int) -> None:
+            self.readers.end(use)
+            done(result)
+
+        self.engine.readv(self.fd, pieces, offset, finish)
+
+    def fast_writev(self, pieces: Sequence[memoryview], offset: int, fua: bool, done: Done) -> None:
+        """Write from memory that is not ours, else like `fast_write`; `done` gets the count, which may be short."""
+        use = self.writers.begin()
+        self._fast_writes.begin()
+        flags = os.RWF_DSYNC if fua and not self.no_flush else 0
+
+        def finish(result: int) -> None:
+            self.dirty += 1
+            self._fast_writes.end()
+            self.writers.end(use)
+            done(result)
+
+        self.engine.writev(self.fd, pieces, offset, flags, finish)
 
     def flush(self, done: Done) -> None:
         """Make everything that was written before this call durable.
@@ -264,7 +288,7 @@ class Storage:
         """Whether `fast_write` may be called: nobody is reading the edges of a write in order to write them back."""
         return not self._edge_writers
 
-    def fast_write(self, buffer: Buffer, length: int, offset: int, fua: bool, done: Done, start: int = 0) -> None:
+    def fast_write(self, buffer: Memory, length: int, offset: int, fua: bool, done: Done, *, start: int = 0) -> None:
         """`write`, for aligned ranges and without queueing behind others; ask `write_shortcut` first."""
         self._fast_writes.begin()
 

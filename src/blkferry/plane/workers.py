@@ -12,10 +12,9 @@ import os
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from blkferry.plane.buffers import Buffer
-from blkferry.plane.engine import Done
+from blkferry.plane.engine import Done, Memory
 from blkferry.plane.syscalls import fallocate
 
 THREADS = 8
@@ -42,11 +41,17 @@ class Workers:
         self._threads = 0
         self._idle = 0
 
-    def read(self, fd: int, buffer: Buffer, start: int, length: int, offset: int, done: Done) -> None:
+    def read(self, fd: int, buffer: Memory, start: int, length: int, offset: int, done: Done) -> None:
         self._push(lambda: _read(fd, buffer.view[start : start + length], offset), done)
 
-    def write(self, fd: int, buffer: Buffer, start: int, length: int, offset: int, flags: int, done: Done) -> None:
+    def write(self, fd: int, buffer: Memory, start: int, length: int, offset: int, flags: int, done: Done) -> None:
         self._push(lambda: _write(fd, buffer.view[start : start + length], offset, flags), done)
+
+    def readv(self, fd: int, pieces: Sequence[memoryview], offset: int, done: Done) -> None:
+        self._push(lambda: os.preadv(fd, pieces, offset), done)
+
+    def writev(self, fd: int, pieces: Sequence[memoryview], offset: int, flags: int, done: Done) -> None:
+        self._push(lambda: os.pwritev(fd, pieces, offset, flags), done)
 
     def fdatasync(self, fd: int, done: Done) -> None:
         self._push(lambda: _fdatasync(fd), done)

@@ -216,7 +216,7 @@ def _write(session: Session, unique: int, offset: int, size: int) -> None:
             session.reply(_written(session, unique, size))
         session.finished(size)
 
-    storage.fast_write(buffer, size, place, root.writethrough, written, start)
+    storage.fast_write(buffer, size, place, root.writethrough, written, start=start)
 
 
 async def _write_all(session: Session, unique: int, offset: int, size: int, buffer: Buffer, start: int) -> bytes:

@@ -87,13 +87,13 @@ def serve(session: Session) -> None:
                 hot_end = min(map_end - delta, read_end)
                 if storage.direct or root.writethrough or now < storage.inline_writes_from:
                     write_end = 0
-                marking = places.marking
-                if marking is not None:
-                    marked, mark_bits = marking.marked, marking.bits
             else:
                 pieces, bits, current, throttled = places.granules, places.bits, places, places
                 if places.may_write and not root.writethrough and now >= places.inline_writes_from:
                     put = access.write_now
+            marking = places.marking
+            if marking is not None:
+                marked, mark_bits = marking.marked, marking.bits
         length, opcode, unique, nodeid, _, offset, count = unpack(room)
         end = offset + count
         if opcode == _READ and received == READ_SIZE and length == READ_SIZE and nodeid == ROOT_ID and end <= size:
@@ -163,11 +163,12 @@ def serve(session: Session) -> None:
             if sleeps < 0:
                 sleeps = _sleeps()
             if end <= write_end and count:
-                if marked is not None:
+                if marking is not None:
                     stretch = offset >> mark_bits
-                    if not marked[stretch] or end > stretch + 1 << mark_bits:
-                        assert marking is not None
+                    if marked is None or end > stretch + 1 << mark_bits:
                         marking.mark(offset, count)
+                    else:
+                        marked[stretch >> 3] |= 1 << (stretch & 7)
                 storage.dirty += 1  # before it is answered: a flush may follow in this very turn
                 place, view = offset + delta, data[:count]
                 began = monotonic()
