@@ -201,6 +201,24 @@ def test_an_unmount_that_another_namespace_does_not_hear_of(daemon, node, file, 
     assert exports(daemon) == []
 
 
+def test_a_file_that_is_open_in_another_namespace_is_in_use(daemon, node, file):
+    export(daemon, node, file)
+    other = subprocess.Popen(
+        ["unshare", "--mount", "--propagation", "private", "sh", "-c", 'exec 3<"$0"; echo open; read end', file],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    with other:
+        assert other.stdout.readline() == b"open\n"
+        with pytest.raises(Error) as caught:
+            daemon.execute("block-export-del", id="e")
+        assert f"sh (pid {other.pid})" in caught.value.hint
+        assert os.path.getsize(file) == MIB
+        other.communicate(b"\n")
+    daemon.execute("block-export-del", id="e")
+    assert daemon.events == [GONE]
+
+
 def test_an_unmount_while_it_is_still_being_made(daemon, node, file, monkeypatch):
     agree = Session.ready
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from blkferry.errors import Error, ErrorKind
 from blkferry.exports.base import Export, Host
 from blkferry.exports.fuse.inode import Inode
-from blkferry.exports.fuse.limits import READY_SECONDS, RELEASE_SECONDS
+from blkferry.exports.fuse.limits import READY_SECONDS, RELEASE_SECONDS, SETTLE_SECONDS
 from blkferry.exports.fuse.mounting import Mount, mount
 from blkferry.exports.fuse.session import Session
 from blkferry.exports.fuse.watch import Watch
@@ -115,8 +115,16 @@ class FuseExport(Export):
         self._session_call(self._session.unmounted)
 
     async def leave(self) -> None:
-        if self._mount is not None:
-            await self._mount.leave(self.options.id)
+        if self._mount is None or self._session is None:
+            return
+        # Nobody here may have it open, which the unmount tells at once, nor in other mount namespaces, which the kernel
+        # tells when it gets round to it.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SETTLE_SECONDS):
+                await self.root.services.run(self._session.all_released())
+        if self._session.handles:
+            raise await self._mount.in_use(self.options.id)
+        await self._mount.leave(self.options.id)
 
     async def stop(self) -> None:
         session, mounted = self._session, self._mount

@@ -51,5 +51,8 @@ READY_SECONDS = 10.0
 RELEASE_SECONDS = 5.0
 """How long an export that is removed waits for those whom it let through to the image."""
 
+SETTLE_SECONDS = 0.25
+"""How long the kernel may take to tell that a file was closed, before a safe removal is refused."""
+
 COMPLAINT_SECONDS = 1.0
 """One log line about failed requests in this time."""

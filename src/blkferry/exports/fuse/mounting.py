@@ -65,10 +65,14 @@ class Mount:
         except (Error, TimeoutError) as error:
             if isinstance(error, Error) and error.kind is not ErrorKind.BUSY:
                 raise
-            who = await users(self.path)
-            opened = f" It is open in {', '.join(who)}." if who else ""
-            hint = f"Use mode='hard' to force client disconnect.{opened}"
-            raise Error(ErrorKind.BUSY, f"export '{export_id}' still in use", hint=hint) from error
+            raise await self.in_use(export_id) from error
+
+    async def in_use(self, export_id: str) -> Error:
+        """What to say when the file is open, and where."""
+        who = await users(self.path)
+        opened = f" It is open in {', '.join(who)}." if who else ""
+        hint = f"Use mode='hard' to force client disconnect.{opened}"
+        return Error(ErrorKind.BUSY, f"export '{export_id}' still in use", hint=hint)
 
     async def detach(self) -> None:
         """Unmount it, whoever has it open. What hinders that is logged: with `fd` closed, nothing waits for us.
