@@ -74,4 +74,6 @@ class QmpProcess:
         if self.process.poll() is None:
             self.process.communicate(json.dumps({"execute": "quit"}) + "\n", timeout=PATIENCE)
         self._watchdog.cancel()
+        self.process.stdin.close()
+        self.process.stdout.close()
         assert kind is not None or self.process.returncode == 0
