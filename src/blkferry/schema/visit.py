@@ -174,6 +174,8 @@ class _Visitor:
     def _string(self, value: object, path: str) -> str:
         if not isinstance(value, str):
             raise self._wrong_kind(value, path, "string")
+        if "\0" in value:  # most strings end up as names of files or of things in the kernel, which cannot have one
+            raise _invalid(f"Parameter '{path}' has a NUL character in it", "Leave '\\u0000' out.", path)
         return value
 
     def _bool(self, value: object, path: str) -> bool:

@@ -307,7 +307,7 @@ def test_dump_keeps_the_tag_and_leaves_out_defaults():
 
 # -- every declared type, filled from its own model --------------------------------------------------------------
 
-NAMES = st.text(max_size=5)
+NAMES = st.text(st.characters(exclude_characters="\0", codec="utf-8"), max_size=5)
 
 
 def wire_values(type_):
@@ -394,3 +394,8 @@ def test_enums_have_wire_names_as_values():
         for member in model.members(form) if form is not None else ():
             if isinstance(member.type, model.Enumeration):
                 assert issubclass(member.type.cls, enum.StrEnum)
+
+
+def test_no_string_has_a_nul_in_it():
+    with pytest.raises(Error, match="Parameter 'filename' has a NUL character in it"):
+        visit(BlockdevOptions, {"driver": "file", "node-name": "n", "filename": "a\0b"})
