@@ -206,3 +206,23 @@ def serve(
     except Error as error:
         complain(PROGRAM, error)
         sys.exit(1)
+
+
+@app.command(
+    short_help="Say what this machine lacks, and what to do about it.",
+    epilog="It ends with 0 if all of that can be used, and with 1 if not. It changes nothing.",
+)
+@click.argument("subjects", nargs=-1, metavar="[WHAT]...")
+@click.option("--json", "as_json", is_flag=True, help="Say it in one line of JSON.")
+def doctor(subjects: tuple[str, ...], *, as_json: bool) -> None:
+    """Say what this machine lacks for blkferry to do all it can.
+
+    WHAT is nbd, fuse, vduse or engine; all of them unless some are named.
+
+    \b
+    blkferry doctor
+    blkferry doctor vduse
+    """  # noqa: D301
+    from blkferry.cli.doctor import diagnose
+
+    sys.exit(not diagnose(subjects, as_json=as_json))

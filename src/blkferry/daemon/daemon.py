@@ -109,6 +109,7 @@ class Daemon:
         await asyncio.shield(self._stopping)
 
     async def _stop(self, patience: float) -> None:
+        self.exports.end()
         self.nbd_servers.stop_listening()
         if patience:
             await self.exports.drain_all(patience, self._hurry)
@@ -130,6 +131,11 @@ class Daemon:
         if self._private_directory is not None:
             self._private_directory.cleanup()
 
+    @property
+    def ending(self) -> bool:
+        """Whether `stop` has been called."""
+        return self._stopping is not None
+
     # Commands and events ---------------------------------------------------------------------------------------
 
     @property
@@ -150,7 +156,7 @@ class Daemon:
                 hint="query-commands lists those there are.",
                 command=name,
             )
-        if self._stopping is not None:
+        if self.ending:
             raise Error(ErrorKind.GONE, "The daemon is shutting down")
         value: Struct | None = None
         if command.arguments is not None:
