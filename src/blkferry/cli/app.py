@@ -81,6 +81,13 @@ app.add_command(image)
     help="Listen on a socket that is there already: its number, or its name in systemd.  [default: systemd's only one]",
 )
 @click.option(
+    "--vduse",
+    multiple=True,
+    metavar="NAME",
+    help="Make a block device of this machine, /dev/vdX, instead of listening; once per image. Like disk0, or "
+    "disk0,num-queues=4; `blkferry doctor vduse` tells what it takes.",
+)
+@click.option(
     "-f",
     "--format",
     "image_format",
@@ -140,6 +147,7 @@ def serve(
     host: str | None,
     port: int | None,
     fd: str | None,
+    vduse: tuple[str, ...],
     *,
     writable: bool,
     image_format: str | None,
@@ -170,6 +178,7 @@ def serve(
     blkferry serve -w --direct /dev/sdb
     blkferry serve --name scratch memory:10G
     blkferry serve --host '' --tls /etc/blkferry vm.qcow2
+    blkferry serve -w --vduse disk0 vm.qcow2
     """  # noqa: D301
     if socket is not None and (host is not None or port is not None):
         raise click.UsageError("--socket is instead of --host and --port; give either.")
@@ -177,6 +186,11 @@ def serve(
         raise click.UsageError("--fd is instead of --socket, --host and --port; give either.")
     if names and len(names) != len(images):
         raise click.UsageError(f"--name is given {len(names)} times for {len(images)} images; give it once for each.")
+    if vduse and len(vduse) != len(images):
+        raise click.UsageError(f"--vduse is given {len(vduse)} times for {len(images)} images; give it once for each.")
+    for_nbd = (socket, host, port, fd, *names, description, *bitmaps, allocation_depth or None, tls, *allowed)
+    if vduse and for_nbd.count(None) < len(for_nbd):
+        raise click.UsageError("--vduse makes block devices; addresses, names, bitmaps and TLS are for NBD clients.")
     from blkferry.cli.serve import Request, Speech, serve_images
 
     log_to_stderr(PROGRAM, verbose)
@@ -200,6 +214,7 @@ def serve(
         objects=objects,
         tls=tls,
         allowed=allowed,
+        vduse=vduse,
     )
     try:
         serve_images(request, speech)

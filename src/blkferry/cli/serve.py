@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from blkferry.cli.devices import offer_devices
 from blkferry.cli.ready import Offer, announce, write_json, write_uris
 from blkferry.daemon import images
 from blkferry.daemon.commands.char import chardev_add
@@ -73,6 +74,7 @@ class Request:
     allowed: tuple[str, ...] = ()
     bitmaps: tuple[str, ...] = ()
     allocation_depth: bool = False
+    vduse: tuple[str, ...] = ()
 
     def address(self, passed: Sequence[str] = ()) -> SocketAddress:
         """Where to listen; `passed` are the names of sockets that we were started with. Raises Error."""
@@ -94,7 +96,7 @@ class Request:
 
 def serve_images(request: Request, speech: Speech) -> None:
     """Serve until a signal comes. Raises Error, with nothing left behind."""
-    names = request.names or default_names(request.images)
+    names = request.names or request.vduse or default_names(request.images)
     offers: list[Offer] = []
 
     async def fill(daemon: Daemon) -> None:
@@ -152,6 +154,18 @@ async def _offer(daemon: Daemon, request: Request, names: tuple[str, ...]) -> li
         await daemon.add_object(options)
     await _add_security(daemon, request)
     nodes = [await _open(daemon, request, number, image) for number, image in enumerate(request.images)]
+    if request.vduse:
+        offers = await offer_devices(daemon, request.images, nodes, request.vduse)
+    else:
+        offers = await _offer_over_nbd(daemon, request, nodes, names)
+    if request.qmp is not None:
+        backend = ChardevSocket(addr=SocketAddressUnix(path=request.qmp))
+        await chardev_add(daemon, ChardevAdd(id=QMP, backend=backend))
+        await daemon.add_monitor(MonitorOptions(chardev=QMP))
+    return offers
+
+
+async def _offer_over_nbd(daemon: Daemon, request: Request, nodes: Sequence[str], names: Sequence[str]) -> list[Offer]:
     listener = await _listen(daemon, request)
     addresses = tuple(dict.fromkeys(map(_as_clients_see, listener.addresses)))
     offers = []
@@ -160,10 +174,6 @@ async def _offer(daemon: Daemon, request: Request, names: tuple[str, ...]) -> li
         await _export(daemon, request, image, node, name)
         size = daemon.graph.find(node).length
         offers.append(Offer(name, image, size, writable, addresses, tls=request.tls is not None))
-    if request.qmp is not None:
-        backend = ChardevSocket(addr=SocketAddressUnix(path=request.qmp))
-        await chardev_add(daemon, ChardevAdd(id=QMP, backend=backend))
-        await daemon.add_monitor(MonitorOptions(chardev=QMP))
     return offers
 
 

@@ -2,10 +2,10 @@
 
     none --start--> made --`vdpa dev add`--> attached --`vdpa dev del`--> made --stop--> none
 
-Putting the device on the bus, and taking it off, is the administrator's part (or `blkferry serve --vduse`). As long as
-it is attached somebody may use it: a safe removal is refused. A hard one takes it off the bus; where that cannot be
-done it answers everything with errors until somebody else does it. A daemon that ends, or dies, leaves an attached
-device to the next one: what it had begun stands in the reconnect log.
+Putting the device on the bus, and taking it off, is the administrator's part, or that of `attach`. As long as it is
+attached somebody may use it: a safe removal is refused. A hard one takes it off the bus; where that cannot be done it
+answers everything with errors until somebody else does it. A daemon that ends, or dies, leaves an attached device to
+the next one, if the administrator has put it there: what it had begun stands in the reconnect log.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class VduseBlkExport(Export):
         self.name = options.name
         self.taken_over = False
         """Whether another daemon had made the device, and had left it on the bus."""
+        self._detach_at_end = False
         self._disk: Device | None = None
         self._device: VduseDevice | None = None
 
@@ -119,18 +120,35 @@ class VduseBlkExport(Export):
         assert self._disk is not None
         return Queue(self._disk, index, ring, memory, kick_fd, notify, failed, reconnect)
 
+    async def attach(self) -> str | None:
+        """Put the device on the bus, from which the end of this export takes it; returns `endpoint`. Raises Error.
+
+        One that was taken over is there already. Called on the main loop.
+        """
+        self._detach_at_end = True
+        if not bus.is_attached(self.name):
+            await uninterrupted(asyncio.ensure_future(asyncio.to_thread(bus.attach, self.name)))
+        return self.endpoint
+
     async def drain(self) -> None:
+        if self._detach_at_end:
+            await self._detach()
         if self._device is not None:
             await self._device.pause()
+
+    async def _detach(self) -> None:
+        """Take the device off the bus while it is served: what is dirty is written, what is in flight answered."""
+        if bus.is_attached(self.name):
+            try:
+                await asyncio.to_thread(bus.detach, self.name)
+            except Error as error:
+                log.warning("export '%s': %s. %s", self.options.id, error.message, error.hint)
 
     async def stop(self) -> None:
         device = self._device
         assert device is not None
-        if not self.host.ending and bus.is_attached(self.name):
-            try:
-                await self.root.services.in_thread(bus.detach, self.name)
-            except Error as error:
-                log.warning("export '%s': %s. %s", self.options.id, error.message, error.hint)
+        if self._detach_at_end or not self.host.ending:
+            await self._detach()
         await device.stop()
         if self.host.ending or not bus.is_attached(self.name):
             await self._close(device)

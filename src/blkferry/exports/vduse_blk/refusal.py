@@ -42,7 +42,7 @@ class RefusingQueue:
         asyncio.get_running_loop().add_reader(self._kick_fd, self._kicked)
         self._refuse_all()
 
-    async def stop(self) -> tuple[int, ...]:
+    async def stop(self) -> tuple[int | None, ...]:
         asyncio.get_running_loop().remove_reader(self._kick_fd)
         return self._ring.state
 
