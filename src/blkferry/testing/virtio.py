@@ -28,15 +28,14 @@ GUEST_START: Final = 0x4000_0000
 
 
 class DriverMemory:
-    """`size` bytes of a memfd, at guest address `start`; `fd` is what a transport would pass on."""
+    """`size` bytes of a memfd, at guest address `start`; `fd` is what a transport would pass on.
 
-    def __init__(self, size: int, *, start: int = GUEST_START, seal: bool = False) -> None:
-        self.fd = os.memfd_create("driver", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    Another process that is given the `fd`, and asks for the same in the same order, has the same things in it.
+    """
+
+    def __init__(self, size: int, *, start: int = GUEST_START, fd: int = -1) -> None:
+        self.fd = os.memfd_create("driver", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING) if fd < 0 else fd
         os.ftruncate(self.fd, size)
-        if seal:
-            import fcntl
-
-            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
         self.start, self.size = start, size
         self.view = memoryview(mmap.mmap(self.fd, size))
         self._free = start
@@ -90,8 +89,12 @@ class SplitDriver:
         self.fence = Fence()
 
     def ring(self, guest: GuestMemory, state: split.SplitState | None = None) -> split.SplitRing:
-        """The device's side."""
-        areas = self.descriptors, self.memory.at(self.driver_address, split.driver_size(self.size)), self.used_bytes
+        """The device's side, as it sees the areas in `guest`."""
+        areas = (
+            guest.piece(self.descriptor_address, split.descriptor_size(self.size)),
+            guest.piece(self.driver_address, split.driver_size(self.size), write=True),
+            guest.piece(self.device_address, split.device_size(self.size), write=True),
+        )
         return split.SplitRing(
             self.size, *areas, guest, features=self.features, state=state, used_address=self.device_address
         )
@@ -183,9 +186,12 @@ class PackedDriver:
         self.fence = Fence()
 
     def ring(self, guest: GuestMemory, state: packed.PackedState | None = None) -> packed.PackedRing:
-        """The device's side."""
-        at = self.memory.at
-        areas = self.descriptors, at(self.driver_address, 4), at(self.device_address, 4)
+        """The device's side, as it sees the areas in `guest`."""
+        areas = (
+            guest.piece(self.descriptor_address, 16 * self.size, write=True),
+            guest.piece(self.driver_address, packed.EVENT_SIZE, write=True),
+            guest.piece(self.device_address, packed.EVENT_SIZE, write=True),
+        )
         return packed.PackedRing(
             self.size,
             *areas,
