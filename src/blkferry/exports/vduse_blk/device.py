@@ -134,8 +134,6 @@ class VduseDevice:
                 self._device.accept(self._kernel.features())
                 self._start_queues()
                 self._machine.resume()
-                for queue in self.queues:
-                    self._interrupt(queue.index)  # the last one may not have been sent
         self._listen()
 
     async def stop(self) -> None:
@@ -307,23 +305,17 @@ class VduseDevice:
                 inject()
             except OSError as error:
                 if error.errno == errno.EINVAL and self._loop is not None:
-                    self._loop.call_later(INTERRUPT_AGAIN, self._interrupt_again, index)
+                    self._loop.call_later(INTERRUPT_AGAIN, again)
+
+        def again() -> None:
+            if self.queues[index].serving is not None:
+                interrupt()
 
         return interrupt
-
-    def _interrupt(self, index: int) -> None:
-        self._interrupter(index)()
-
-    def _interrupt_again(self, index: int) -> None:
-        if self.queues[index].serving is not None:
-            self._interrupt(index)
 
     # Memory ----------------------------------------------------------------------------------------------------
 
     def _miss(self, address: int) -> Region | None:
         if len(self._memory.regions) >= MAX_REGIONS:
             return None
-        return self._kernel.region_at(address, self._lost)
-
-    def _lost(self) -> None:
-        self._memory.lost = True
+        return self._kernel.region_at(address, self._memory)

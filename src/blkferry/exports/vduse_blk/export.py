@@ -57,6 +57,7 @@ class VduseBlkExport(Export):
         self.name = options.name
         self.taken_over = False
         """Whether another daemon had made the device, and had left it on the bus."""
+        self._queues: dict[int, Queue] = {}
         self._detach_at_end = False
         self._disk: Device | None = None
         self._device: VduseDevice | None = None
@@ -118,7 +119,8 @@ class VduseBlkExport(Export):
         reconnect: QueueLog,
     ) -> Serving:
         assert self._disk is not None
-        return Queue(self._disk, index, ring, memory, kick_fd, notify, failed, reconnect)
+        queue = self._queues[index] = Queue(self._disk, index, ring, memory, kick_fd, notify, failed, reconnect)
+        return queue
 
     async def attach(self) -> str | None:
         """Put the device on the bus, from which the end of this export takes it; returns `endpoint`. Raises Error.
@@ -221,7 +223,15 @@ class VduseBlkExport(Export):
     def connected(self) -> list[BlockExportClient]:
         if not bus.is_attached(self.name):
             return []
-        return [BlockExportClient(peer=self.endpoint or "vDPA bus", requests=0, received=0, sent=0)]
+        served = list(self._queues.values())
+        return [
+            BlockExportClient(
+                peer=self.endpoint or "vDPA bus",
+                requests=sum(queue.requests for queue in served),
+                received=sum(queue.bytes_written for queue in served),
+                sent=sum(queue.bytes_read for queue in served),
+            )
+        ]
 
 
 def check_queue_size(size: int) -> None:

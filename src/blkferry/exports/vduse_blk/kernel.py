@@ -13,7 +13,7 @@ import os
 import select
 from collections.abc import Callable
 
-from blkferry.plane.guarded import guarded_map
+from blkferry.plane.guarded import Owner, guarded_map
 from blkferry.wire.vduse.ioctls import (
     Access,
     Ioctl,
@@ -109,11 +109,11 @@ class KernelDevice:
 
     # Memory ----------------------------------------------------------------------------------------------------
 
-    def region_at(self, address: int, on_lost: Callable[[], None]) -> Region | None:
+    def region_at(self, address: int, memory: Owner) -> Region | None:
         """The region that has an address, None where there is none.
 
         Not all of a region has to be there: the kernel's has holes where nothing was copied yet, and a guest's file can
-        be cut off. For `on_lost` see `guarded_map`.
+        be cut off. Then `memory` is told that it has lost something.
         """
         request = IotlbEntry.ask(address)
         try:
@@ -124,7 +124,7 @@ class KernelDevice:
             entry = IotlbEntry.parse(request)
             protection = mmap.PROT_READ | (mmap.PROT_WRITE if entry.access & Access.WRITE else 0)
             length = entry.last - entry.start + 1
-            return Region(entry.start, length, guarded_map(fd, length, entry.offset, on_lost, prot=protection))
+            return Region(entry.start, length, guarded_map(fd, length, entry.offset, memory, prot=protection))
         except (OSError, ValueError, OverflowError, MemoryFault):
             return None  # nothing that can be mapped: to the driver it is as if it were not there
         finally:

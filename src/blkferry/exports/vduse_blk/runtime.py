@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import stat
+from typing import Final
 
 from blkferry.errors import Error, ErrorKind
+
+ROOTS: Final = "/run"
+"""Where root's is."""
 
 
 def directory() -> str:
@@ -13,7 +17,7 @@ def directory() -> str:
 
     The place must not depend on who starts the daemon how, or a restart would not find what was left.
     """
-    parent = "/run" if not os.geteuid() else os.environ.get("XDG_RUNTIME_DIR", "")
+    parent = ROOTS if not os.geteuid() else os.environ.get("XDG_RUNTIME_DIR", "")
     if not parent:
         raise Error(
             ErrorKind.NOT_FOUND,
