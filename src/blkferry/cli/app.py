@@ -84,8 +84,8 @@ app.add_command(image)
     "--vduse",
     multiple=True,
     metavar="NAME",
-    help="Make a block device of this machine, /dev/vdX, instead of listening; once per image. Like disk0, or "
-    "disk0,num-queues=4; `blkferry doctor vduse` tells what it takes.",
+    help="Make a block device of this machine, /dev/vdX, instead of listening; once per image. With options of the "
+    "export if need be, like disk0,num-queues=4.",
 )
 @click.option(
     "-f",
