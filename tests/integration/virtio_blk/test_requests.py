@@ -200,15 +200,20 @@ def test_writes_are_durable_at_once_for_a_driver_that_cannot_flush(daemon, node,
         assert device.config()[32] == 0
         storage = daemon.daemon.graph.find(node).storage
         engine, flags = storage.engine, []
-        writev = engine.writev
 
-        def note(fd, pieces, offset, how, done):
-            flags.append(how)
-            writev(fd, pieces, offset, how, done)
+        def note(call):
+            def write(fd, what, *rest):
+                flags.append(rest[-2])
+                call(fd, what, *rest)
 
-        monkeypatch.setattr(engine, "writev", note)
+            return write
+
+        monkeypatch.setattr(engine, "write", note(engine.write))
+        monkeypatch.setattr(engine, "writev", note(engine.writev))
         assert disk.run(Type.OUT, 0, bytes(4096))[0] == OK
-        assert flags == [os.RWF_DSYNC]
+        disk.block.cut = 1000
+        assert disk.run(Type.OUT, 0, bytes(4096))[0] == OK
+        assert flags == [os.RWF_DSYNC] * 2
         device.accept(device.features | int(Blk.FLUSH))
         assert device.writeback
         device.set_writeback(False)
