@@ -123,9 +123,8 @@ def test_what_was_in_flight_in_a_crash_is_done_by_the_next_daemon(kernel, daemon
     eventually(lambda: in_flight(kernel) == 5)
     log, memory = kernel.log.read_bytes(), bytes(kernel.memory.view)
     kernel.wait(5)
-    kernel.block.add(Type.FLUSH)  # so that the driver's own books are not those of the crash either
-    kernel.wait(0)
     daemon.execute("block-export-del", id="e", mode="hard")
+    eventually(lambda: not kernel.log.exists())
 
     survivor = DriverMemory(4 << 20)
     kernel.have_driver(survivor)
@@ -236,3 +235,59 @@ def test_the_kernel_gives_a_device_up(kernel, daemon, caplog):
     eventually(lambda: "the kernel has given it up" in caplog.text)
     kernel.attached = False
     daemon.execute("block-export-del", id="e")
+
+
+def test_a_block_device_from_python(kernel, daemon, monkeypatch):
+    kernel.attached = False
+
+    def attach(name):
+        kernel.attached = True
+        kernel.arrive()
+
+    monkeypatch.setattr(bus, "attach", attach)
+
+    async def make():
+        disk = await daemon.daemon.attach("m", writable=True)
+        return disk, await daemon.daemon.block_device(disk, "disk0", queue_size=64)
+
+    disk, device = daemon.call(make)
+    assert (device.path, device.taken_over) == ("/dev/vdx", False)
+    assert kernel.run(Type.OUT, 0, DATA) == (0, b"")
+    with pytest.raises(Error, match="still in use"):
+        daemon.call(device.remove)
+    daemon.call(lambda: device.remove(force=True))
+    assert not kernel.attached
+    assert daemon.call(lambda: disk.read(0, 4096)) == DATA
+
+
+def test_a_block_device_goes_with_its_daemon(kernel, daemon, monkeypatch, caplog):
+    monkeypatch.setattr(bus, "attach", lambda name: pytest.fail("it is there already"))
+
+    async def make():
+        disk = await daemon.daemon.attach("m", writable=True)
+        return await daemon.daemon.block_device(disk, "disk0", queue_size=64)
+
+    kernel.found = kernel.ready = kernel.driver_ok = True
+    assert daemon.call(make).taken_over
+    assert kernel.run(Type.OUT, 0, DATA) == (0, b"")
+    daemon.stop()
+    assert not kernel.attached
+    assert not kernel.log.exists()
+    assert not caplog.records
+
+
+def test_a_block_device_that_cannot_be_attached_is_not_left(kernel, daemon, monkeypatch):
+    kernel.attached = False
+
+    def refuse(name):
+        raise Error(export.ErrorKind.DENIED, "Not today")
+
+    monkeypatch.setattr(bus, "attach", refuse)
+
+    async def make():
+        disk = await daemon.daemon.attach("m")
+        await daemon.daemon.block_device(disk, "disk0", queue_size=64)
+
+    with pytest.raises(Error, match="Not today"):
+        daemon.call(make)
+    assert daemon.execute("query-block-exports") == []
