@@ -220,3 +220,18 @@ def test_writes_are_durable_at_once_for_a_driver_that_cannot_flush(daemon, node,
         assert device.config()[32] == 0
         device.reset()
         assert device.writeback
+
+
+@pytest.mark.parametrize("direct", [False, True], ids=["buffered", "direct"])
+def test_a_file_that_ends_amid_a_sector(daemon, tmp_path, direct):
+    path = tmp_path / "odd"
+    path.write_bytes(b"\x55" * (SIZE + 100))
+    daemon.execute("blockdev-add", driver="file", node_name="odd", filename=str(path), cache={"direct": direct})
+    with VirtioDisk(daemon, "odd") as disk:
+        last = SIZE // 512
+        assert disk.device.size == SIZE + 512
+        assert disk.run(Type.IN, last, length=512) == (OK, b"\x55" * 100 + bytes(412))
+        assert disk.run(Type.IN, last - 7, length=4096) == (OK, b"\x55" * (3584 + 100) + bytes(412))
+        assert disk.run(Type.OUT, last, b"\xaa" * 512)[0] == OK
+        assert disk.run(Type.IN, last - 1, length=1024) == (OK, b"\x55" * 512 + b"\xaa" * 512)
+    daemon.execute("blockdev-del", node_name="odd")
