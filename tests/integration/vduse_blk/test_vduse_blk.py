@@ -6,8 +6,10 @@ import struct
 import time
 
 import pytest
+from click.testing import CliRunner
 from kernel import DRIVER_OK, FakeKernel
 
+from blkferry.cli.app import app
 from blkferry.errors import Error
 from blkferry.exports.vduse_blk import bus, control, export, runtime
 from blkferry.testing.daemon import DaemonThread
@@ -55,9 +57,15 @@ def eventually(condition):
         time.sleep(0.005)
 
 
+def make_qcow2(path):
+    created = CliRunner().invoke(app, ["image", "create", "-f", "qcow2", str(path), str(SIZE)])
+    assert created.exit_code == 0
+    return path
+
+
 def in_flight(kernel):
     """How many requests the log has marked."""
-    return sum(kernel.log.read_bytes()[16::16])
+    return sum(kernel.log.read_bytes()[80::16])
 
 
 def test_from_the_first_request_to_a_reset_and_again(kernel, daemon):
@@ -69,9 +77,9 @@ def test_from_the_first_request_to_a_reset_and_again(kernel, daemon):
         assert kernel.run(Type.FLUSH) == (0, b"")
         assert kernel.ask(0, struct.pack("<I", 0))[:6] == struct.pack("<IH", 0, 3)
         assert not in_flight(kernel)
-        assert kernel.log.read_bytes()[14:16] == struct.pack("<H", 3)
+        assert kernel.log.read_bytes()[78:80] == struct.pack("<H", 3)
         kernel.reset()
-        assert not any(kernel.log.read_bytes()[12:])
+        assert not any(kernel.log.read_bytes()[76:])
         kernel.have_driver(DriverMemory(4 << 20))
     assert len(kernel.mapped) == 2
     (info,) = daemon.execute("query-block-exports")
@@ -141,6 +149,37 @@ def test_what_was_in_flight_in_a_crash_is_done_by_the_next_daemon(kernel, daemon
     assert not in_flight(kernel)
 
 
+def test_what_a_crash_takes_from_a_qcow2_image_is_told_by_the_next_flush(kernel, daemon, tmp_path, caplog):
+    image = tmp_path / "disk.qcow2"
+    daemon.execute("blockdev-add", driver="file", node_name="f", filename=str(make_qcow2(image)))
+    daemon.execute("blockdev-add", driver="qcow2", node_name="q", file="f")
+    daemon.execute("block-export-add", **ADD | {"node_name": "q"})
+    kernel.arrive()
+    assert kernel.run(Type.FLUSH) == (0, b"")
+    assert kernel.log.read_bytes()[0] == 0
+    assert kernel.run(Type.OUT, 0, DATA) == (0, b"")
+    assert kernel.log.read_bytes()[0] == 1
+    log = kernel.log.read_bytes()
+    assert kernel.run(Type.FLUSH) == (0, b"")
+    assert kernel.log.read_bytes()[0] == 0
+    assert kernel.run(Type.OUT, 0, DATA) == (0, b"")
+    assert kernel.log.read_bytes()[0] == 0  # it is in place
+    daemon.execute("block-export-del", id="e", mode="hard")
+    eventually(lambda: not kernel.log.exists())
+
+    kernel.log.write_bytes(log)
+    kernel.have_driver(DriverMemory(4 << 20))
+    kernel.found = kernel.attached = kernel.ready = kernel.driver_ok = True
+    kernel.open()
+    daemon.execute("block-export-add", **ADD | {"node_name": "q"})
+    assert "writes since the last flush are lost" in caplog.text
+    assert kernel.run(Type.IN, 0, length=4096) == (0, DATA)
+    assert kernel.log.read_bytes()[0] == 1
+    assert kernel.run(Type.FLUSH)[0] == Status.IOERR
+    assert kernel.log.read_bytes()[0] == 0
+    assert kernel.run(Type.FLUSH) == (0, b"")
+
+
 def test_a_device_that_was_made_with_other_options(kernel, daemon):
     kernel.found = kernel.ready = kernel.driver_ok = True
     for other in ({"num_queues": 2}, {"queue_size": 32}, {"writable": False}):
@@ -204,7 +243,8 @@ def test_what_cannot_be_taken_off_the_bus_answers_with_errors_until_it_is(kernel
     kernel.wait(3)
     assert {kernel.block.status(each) for each in sent} == {Status.OK}
     eventually(lambda: "all requests to 'disk0' fail" in caplog.text)
-    assert kernel.run(Type.IN, length=512)[0] == Status.IOERR
+    assert [kernel.run(Type.IN, length=512)[0] for _ in range(3)] == [Status.IOERR] * 3
+    assert not in_flight(kernel)
     daemon.execute("blockdev-del", node_name="slow")
     (info,) = daemon.execute("query-block-exports")
     assert info["shutting-down"]

@@ -95,7 +95,20 @@ class VduseBlkExport(Export):
                 device.check_found()
             else:
                 device.set_up()
-            self._log = ReconnectLog(options.name, options.num_queues, options.queue_size, keep=self.taken_over)
+            self._log = ReconnectLog(
+                options.name,
+                options.num_queues,
+                options.queue_size,
+                keep=self.taken_over,
+                volatile=lambda: self.root.node.volatile or disk.lost_writes,
+            )
+            disk.lost_writes = self._log.lost_writes
+            if disk.lost_writes:
+                log.warning(
+                    "'%s': writes since the last flush are lost with the daemon that had answered them; the next flush "
+                    "fails, to tell of it",
+                    options.name,
+                )
             self._device = device
             await services.run(self._begin(device))
         except BaseException:

@@ -6,6 +6,9 @@ has a region as the vhost-user specification describes it for split rings ("Infl
     le64 features  le16 version  le16 entries  le16 last_batch_head  le16 used_index
     for each descriptor: u8 in flight  5 bytes unused  le16 next  le64 counter
 
+Before the regions is a byte that says whether writes were answered which only the daemon knows of, as those to new
+clusters of a qcow2 image before a flush: they are lost with it, and its successor has to say so.
+
 A request is marked before it begins. Those of a batch are chained from `last_batch_head` before the driver can see
 them, and unmarked after it can: where the used ring has moved on and `used_index` has not, the chain says who was last.
 """
@@ -15,7 +18,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from blkferry.errors import Error, ErrorKind
@@ -28,6 +31,8 @@ _HEADER = struct.Struct("<QHHHH")
 _FEATURES: Final = 0
 _ENTRY: Final = 16
 _LAST_BATCH, _USED = 6, 7  # 16-bit words of the header
+_HEAD: Final = 64
+"""Bytes before the regions, of which one is used."""
 
 
 def region_size(entries: int) -> int:
@@ -36,10 +41,11 @@ def region_size(entries: int) -> int:
 
 
 class QueueLog:
-    """The region of one virtqueue; what `Inflight` asks for."""
+    """The region of one virtqueue; what `Inflight` asks for. `note` is called before the driver sees what was done."""
 
-    def __init__(self, region: memoryview, entries: int) -> None:
+    def __init__(self, region: memoryview, entries: int, note: Callable[[], None] = lambda: None) -> None:
         self._entries = entries
+        self._note = note
         self._bytes = region.cast("B")
         self._words = self._bytes.cast("H")
         self._longs = self._bytes.cast("Q")
@@ -94,6 +100,7 @@ class QueueLog:
             last = head
         words[_LAST_BATCH] = last
         self._batch = heads
+        self._note()
 
     def published(self, used_index: int) -> None:
         marks = self._bytes
@@ -110,30 +117,37 @@ class QueueLog:
 class ReconnectLog:
     """The log of a device, in the runtime directory."""
 
-    def __init__(self, name: str, queues: int, entries: int, *, keep: bool) -> None:
+    def __init__(
+        self, name: str, queues: int, entries: int, *, keep: bool, volatile: Callable[[], bool] = lambda: False
+    ) -> None:
         """Open it; what an earlier daemon has left in it counts if `keep`, and is `lost` if it does not fit.
 
-        Raises Error.
+        `volatile` tells whether there are answered writes that would be lost with this process, and `lost_writes`
+        whether there were such in an earlier one. Raises Error.
         """
+        self._volatile = volatile
         self._path = os.path.join(runtime.directory(), f"vduse-{name}.log")
         size = region_size(entries)
+        whole = _HEAD + size * queues
         try:
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
             fd = os.open(self._path, flags if keep else flags | os.O_TRUNC, 0o600)
             try:
-                if keep and os.fstat(fd).st_size not in (0, size * queues):
+                if keep and os.fstat(fd).st_size not in (0, whole):
                     raise Error(
                         ErrorKind.INVALID_ARGUMENT,
                         f"failed to set reconnect log file: '{self._path}' is one of other options",
                         hint="Give the num-queues and queue-size that the device was made with.",
                     )
-                os.posix_fallocate(fd, 0, size * queues)  # a full file system is an error here, and a signal later
-                self._map = memoryview(mmap.mmap(fd, size * queues))
+                os.posix_fallocate(fd, 0, whole)  # a full file system is an error here, and a signal later
+                self._map = memoryview(mmap.mmap(fd, whole))
             finally:
                 os.close(fd)
         except OSError as error:
             raise Error.from_oserror(f"failed to set reconnect log file: '{self._path}'", error) from error
-        self.queues = [QueueLog(self._map[size * index : size * (index + 1)], entries) for index in range(queues)]
+        regions = (self._map[at : at + size] for at in range(_HEAD, whole, size))
+        self.queues = [QueueLog(region, entries, self._note) for region in regions]
+        self.lost_writes = bool(self._map[0])
         self.lost = False
         for queue in self.queues:
             if not queue.sound:
@@ -141,8 +155,12 @@ class ReconnectLog:
                 queue.clear()
 
     def clear(self) -> None:
+        """Nothing is in flight, and all virtqueues begin anew."""
         for queue in self.queues:
             queue.clear()
+
+    def _note(self) -> None:
+        self._map[0] = self._volatile()
 
     def remove(self) -> None:
         """The device is gone, and nobody will come back to it."""

@@ -60,17 +60,23 @@ class RefusingQueue:
         self._refuse_all()
 
     def _refuse_all(self) -> None:
-        ring = self._ring
+        ring, reconnect = self._ring, self._reconnect
         try:
-            for head, descriptors in self._reconnect.pending():
-                self._refuse(ring.again(head, descriptors))
+            chains = [ring.again(head, descriptors) for head, descriptors in reconnect.pending()]
             while True:
                 while (chain := ring.take()) is not None:
+                    reconnect.begin((chain.head,))
+                    chains.append(chain)
+                for chain in chains:
                     self._refuse(chain)
-                if ring.publish(idle=True):
+                reconnect.end([chain.head for chain in chains])
+                wanted = ring.publish(idle=True)
+                reconnect.published(ring.next_used)
+                if wanted:
                     self._notify()
                 if not ring.arm():
                     return
+                chains = []
         except RingError as error:
             asyncio.get_running_loop().remove_reader(self._kick_fd)
             self._failed(str(error))
