@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import os
+import shlex
 import shutil
 import subprocess
 import time
@@ -48,17 +49,25 @@ def tool() -> str | None:
 
 def attach_command(name: str) -> str:
     """What puts a device on the bus, for people."""
-    return f"{TOOL} dev add name {name} mgmtdev vduse"
+    return shlex.join(_attach(name))
 
 
 def detach_command(name: str) -> str:
     """What takes it off again."""
-    return f"{TOOL} dev del {name}"
+    return shlex.join(_detach(name))
+
+
+def _attach(name: str) -> list[str]:
+    return [TOOL, "dev", "add", "name", name, "mgmtdev", "vduse"]
+
+
+def _detach(name: str) -> list[str]:
+    return [TOOL, "dev", "del", name]
 
 
 def attach(name: str) -> str | None:
     """Put a device on the bus, and return what it becomes, None if no driver wants it. Raises Error. Blocks."""
-    _run(*attach_command(name).split(), doing=f"Cannot put '{name}' on the vDPA bus")
+    _run(_attach(name), f"Cannot put '{name}' on the vDPA bus")
     deadline = time.monotonic() + APPEAR_SECONDS
     while (found := endpoint(name)) is None and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -67,39 +76,40 @@ def attach(name: str) -> str | None:
 
 def detach(name: str) -> None:
     """Take a device off the bus; what is dirty is written first. Raises Error. Blocks while the device is served."""
-    _run(*detach_command(name).split(), doing=f"Cannot take '{name}' off the vDPA bus")
+    _run(_detach(name), f"Cannot take '{name}' off the vDPA bus")
 
 
-def _run(*command: str, doing: str) -> None:
-    program = tool()
-    text = " ".join(command)
+def _run(command: list[str], doing: str) -> None:
+    program, text = tool(), shlex.join(command)
     if program is None:
         raise Error(
             ErrorKind.NOT_FOUND,
             f"{doing}: there is no program '{TOOL}'",
             hint=f"It is part of iproute2. Install that, or do what `{text}` would do yourself.",
         )
-    with (
-        subprocess.Popen(  # noqa: S603 - no shell sees the name
-            [program, *command[1:]],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for us
-            text=True,
-        ) as process
-    ):
-        _finish(process, text, doing)
-
-
-def _finish(process: subprocess.Popen[str], text: str, doing: str) -> None:
+    process = subprocess.Popen(  # noqa: S603 - no shell sees the name
+        [program, *command[1:]],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C is for us
+        text=True,
+    )
     try:
         _, said = process.communicate(timeout=ATTACH_SECONDS)
     except subprocess.TimeoutExpired:
+        # Not waited for: what waits for the kernel does not end even if it is killed.
         process.kill()
+        assert process.stderr is not None
+        process.stderr.close()
+        _left.append(process)
         hint = f"The kernel has not finished `{text}`; something may still wait for the device."
         raise Error(ErrorKind.BUSY, f"{doing}: it takes too long", hint=hint) from None
     if process.returncode:
         reason = said.strip().splitlines()[-1] if said.strip() else f"`{text}` failed"
         may = " It takes root (CAP_NET_ADMIN)." if os.geteuid() else ""
         raise Error(ErrorKind.IO, f"{doing}: {reason}", hint=f"`{text}` is what failed.{may}")
+
+
+_left: list[subprocess.Popen[str]] = []
+"""Programs that did not end in time."""

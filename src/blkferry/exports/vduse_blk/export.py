@@ -100,7 +100,7 @@ class VduseBlkExport(Export):
                 options.num_queues,
                 options.queue_size,
                 keep=self.taken_over,
-                volatile=lambda: self.root.node.volatile or disk.lost_writes,
+                volatile=self._volatile,
             )
             disk.lost_writes = self._log.lost_writes
             if disk.lost_writes:
@@ -117,6 +117,11 @@ class VduseBlkExport(Export):
             if not self.taken_over:
                 await services.in_thread(control.destroy, options.name)
             raise
+
+    def _volatile(self) -> bool:
+        """Whether writes that were answered die with this process, or died with an earlier one and nobody knows yet."""
+        assert self._disk is not None
+        return self._disk.lost_writes or (self._disk.writeback and self.root.node.volatile)
 
     async def _begin(self, device: VduseDevice) -> None:
         device.start(self._log, found=self.taken_over)
@@ -165,6 +170,12 @@ class VduseBlkExport(Export):
         if self._detach_at_end or not self.host.ending:
             await self._detach()
         await device.stop()
+        if self.host.ending:
+            try:
+                await self.root.flush()  # so that nothing is in our memory only when another daemon takes over
+            except OSError as error:
+                log.warning("export '%s': the last flush failed: %s", self.options.id, error.strerror)
+            self._log.note()
         if self.host.ending or not bus.is_attached(self.name):
             await self._close(device)
 

@@ -146,7 +146,7 @@ class ReconnectLog:
         except OSError as error:
             raise Error.from_oserror(f"failed to set reconnect log file: '{self._path}'", error) from error
         regions = (self._map[at : at + size] for at in range(_HEAD, whole, size))
-        self.queues = [QueueLog(region, entries, self._note) for region in regions]
+        self.queues = [QueueLog(region, entries, self.note) for region in regions]
         self.lost_writes = bool(self._map[0])
         self.lost = False
         for queue in self.queues:
@@ -159,7 +159,8 @@ class ReconnectLog:
         for queue in self.queues:
             queue.clear()
 
-    def _note(self) -> None:
+    def note(self) -> None:
+        """Write down what `volatile` says."""
         self._map[0] = self._volatile()
 
     def remove(self) -> None:
