@@ -7,7 +7,7 @@ import time
 
 import pytest
 from click.testing import CliRunner
-from kernel import DRIVER_OK, FakeKernel
+from fake_vduse import DRIVER_OK, FakeKernel
 
 from blkferry.cli.app import app
 from blkferry.errors import Error
@@ -191,6 +191,30 @@ def test_a_device_that_was_made_with_other_options(kernel, daemon):
     with pytest.raises(Error, match="is one of other options"):
         daemon.execute("block-export-add", **ADD)
     assert kernel.log.read_bytes() == bytes(100)
+
+
+def test_a_ring_that_makes_no_sense_is_not_taken_over(kernel, daemon):
+    kernel.found = kernel.ready = kernel.driver_ok = True
+    kernel.ring.driver_address += 1
+    with pytest.raises(Error, match="virtqueue 0: the driver area is not aligned"):
+        daemon.execute("block-export-add", **ADD)
+    assert kernel.kick_fd < 0
+    kernel.ring.driver_address -= 1
+    kernel.open()
+    daemon.execute("block-export-add", **ADD)
+    assert kernel.run(Type.OUT, 0, DATA) == (0, b"")
+
+
+def test_a_ring_that_goes_wrong_is_told_of_and_served_again_after_a_reset(kernel, daemon, caplog):
+    daemon.execute("block-export-add", **ADD)
+    kernel.arrive()
+    kernel.ring.make_available(4711)
+    kernel.publish()
+    eventually(lambda: "virtqueue 0: descriptor 4711 of a table of 64" in caplog.text)
+    kernel.reset()
+    kernel.have_driver(DriverMemory(4 << 20))
+    kernel.arrive()
+    assert kernel.run(Type.OUT, 0, DATA) == (0, b"")
 
 
 def test_another_size_is_announced(kernel, daemon, tmp_path):

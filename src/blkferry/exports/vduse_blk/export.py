@@ -61,6 +61,7 @@ class VduseBlkExport(Export):
         self._detach_at_end = False
         self._disk: Device | None = None
         self._device: VduseDevice | None = None
+        self._log: ReconnectLog | None = None
 
     # Life ------------------------------------------------------------------------------------------------------
 
@@ -95,14 +96,14 @@ class VduseBlkExport(Export):
                 device.check_found()
             else:
                 device.set_up()
-            self._log = ReconnectLog(
+            reconnect = self._log = ReconnectLog(
                 options.name,
                 options.num_queues,
                 options.queue_size,
                 keep=self.taken_over,
                 volatile=self._volatile,
             )
-            disk.lost_writes = self._log.lost_writes
+            disk.lost_writes = reconnect.lost_writes
             if disk.lost_writes:
                 log.warning(
                     "'%s': writes since the last flush are lost with the daemon that had answered them; the next flush "
@@ -110,12 +111,15 @@ class VduseBlkExport(Export):
                     options.name,
                 )
             self._device = device
-            await services.run(self._begin(device))
+            await services.run(self._begin(device, reconnect))
         except BaseException:
             self._device = None
+            await services.run(device.stop())
             device.close()
             if not self.taken_over:
                 await services.in_thread(control.destroy, options.name)
+                if self._log is not None:
+                    self._log.remove()
             raise
 
     def _volatile(self) -> bool:
@@ -123,8 +127,8 @@ class VduseBlkExport(Export):
         assert self._disk is not None
         return self._disk.lost_writes or (self._disk.writeback and self.root.node.volatile)
 
-    async def _begin(self, device: VduseDevice) -> None:
-        device.start(self._log, found=self.taken_over)
+    async def _begin(self, device: VduseDevice, reconnect: ReconnectLog) -> None:
+        device.start(reconnect, found=self.taken_over)
 
     def _make_queue(
         self,
@@ -167,6 +171,7 @@ class VduseBlkExport(Export):
     async def stop(self) -> None:
         device = self._device
         assert device is not None
+        assert self._log is not None
         if self._detach_at_end or not self.host.ending:
             await self._detach()
         await device.stop()
@@ -200,6 +205,7 @@ class VduseBlkExport(Export):
 
     async def _close(self, device: VduseDevice) -> None:
         """Remove the device, which is stopped, from the kernel, or leave it to another daemon."""
+        assert self._log is not None
         self._device = None
         device.close()
         if await asyncio.get_running_loop().run_in_executor(None, control.destroy, self.name):

@@ -88,8 +88,9 @@ class QueueLog:
         counter, marks, longs = self._counter, self._bytes, self._longs
         for head in heads:
             counter += 1
-            longs[3 + 2 * head] = counter
-            marks[16 + 16 * head] = 1
+            if head < self._entries:  # heads come as the driver has given them; the ring is about to refuse others
+                longs[3 + 2 * head] = counter
+                marks[16 + 16 * head] = 1
         self._counter = counter
 
     def end(self, heads: Sequence[int]) -> None:
