@@ -233,7 +233,7 @@ async def add_credentials(daemon: Daemon, name: str) -> None:
     """Add the object that a URI with TLS needs, if it is not there already. Raises Error."""
     credentials = credentials_for(name) if is_uri(name) else None
     if credentials is not None and credentials["id"] not in daemon.objects:
-        await daemon.add_object(visit(ObjectOptions, credentials))
+        await daemon.add_object(visit(ObjectOptions, credentials, keyval=True))
 
 
 async def full_options(
@@ -275,6 +275,11 @@ async def opened(
         except Error as error:
             raise about(image, error) from error
         yield loan
+        if writable:
+            try:
+                await loan.run(loan.node.settle())
+            except OSError as error:
+                raise Error.from_oserror(f"Could not write all of '{image}'", error) from error
 
 
 def about(image: ImageName, error: Error) -> Error:
