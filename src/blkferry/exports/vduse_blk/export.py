@@ -59,6 +59,7 @@ class VduseBlkExport(Export):
         """Whether another daemon had made the device, and had left it on the bus."""
         self._queues: dict[int, Queue] = {}
         self._detach_at_end = False
+        self._lingers = False
         self._disk: Device | None = None
         self._device: VduseDevice | None = None
         self._log: ReconnectLog | None = None
@@ -157,7 +158,7 @@ class VduseBlkExport(Export):
     async def drain(self) -> None:
         if self._detach_at_end:
             await self._detach()
-        if self._device is not None:
+        if self._device is not None and not self._lingers:
             await self._device.pause()
 
     async def _detach(self) -> None:
@@ -166,7 +167,8 @@ class VduseBlkExport(Export):
             try:
                 await asyncio.to_thread(bus.detach, self.name)
             except Error as error:
-                log.warning("export '%s': %s. %s", self.options.id, error.message, error.hint)
+                if bus.is_attached(self.name):  # nobody else has done it meanwhile
+                    log.warning("export '%s': %s. %s", self.options.id, error.message, error.hint)
 
     async def stop(self) -> None:
         device = self._device
@@ -192,6 +194,7 @@ class VduseBlkExport(Export):
             "export '%s': all requests to '%s' fail until somebody takes it off the vDPA bus: %s",
             *(self.options.id, self.name, bus.detach_command(self.name)),
         )
+        self._lingers = True
         device.serve_by(RefusingQueue)
         try:
             while bus.is_attached(self.name):  # noqa: ASYNC110 - sysfs tells nobody
