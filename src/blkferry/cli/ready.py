@@ -76,9 +76,15 @@ def announce(offers: Sequence[Offer]) -> None:
     lines = [line for offer in offers for line in _describe(offer)]
     if sys.stdout.isatty():
         lines.append([("Ctrl-C ends it.", "dim")])
+    write_lines(lines)
+
+
+def write_lines(lines: Sequence[Line]) -> None:
+    """Say lines, in colours on a terminal."""
+    if sys.stdout.isatty():
         _write_colours(lines)
     else:
-        _write("".join("".join(text for text, _ in line) + "\n" for line in lines))
+        write("".join("".join(text for text, _ in line) + "\n" for line in lines))
 
 
 def _describe(offer: Offer) -> Iterator[Line]:
@@ -103,16 +109,17 @@ def _write_colours(lines: Sequence[Line]) -> None:
 
 def write_uris(offers: Sequence[Offer]) -> None:
     """Say it to a shell."""
-    _write("".join(f"{uri}\n" for offer in offers for uri in offer.uris))
+    write("".join(f"{uri}\n" for offer in offers for uri in offer.uris))
 
 
 def write_json(offers: Sequence[Offer], qmp: str | None) -> None:
     """Say it to a program."""
     exports = [offer.facts() for offer in offers]
-    _write(json.dumps({"pid": os.getpid(), "qmp": qmp and os.path.abspath(qmp), "exports": exports}) + "\n")
+    write(json.dumps({"pid": os.getpid(), "qmp": qmp and os.path.abspath(qmp), "exports": exports}) + "\n")
 
 
-def _write(text: str) -> None:
+def write(text: str) -> None:
+    """Say it, if anybody still listens."""
     with contextlib.suppress(OSError):
         sys.stdout.write(text)
         sys.stdout.flush()

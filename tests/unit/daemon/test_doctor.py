@@ -141,7 +141,7 @@ def test_the_command_says_each_finding_with_its_remedy(bench, said):
     done = said("fuse", "nbd")
     assert done.exit_code == 1
     assert done.output.splitlines() == [
-        "fuse: images as files (FUSE)",
+        "fuse: images as files (blkferry mount)",
         "  missing  there is no /dev/fuse",
         "             modprobe fuse",
         "  ok       we may mount",

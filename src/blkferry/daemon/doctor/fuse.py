@@ -5,7 +5,7 @@ from __future__ import annotations
 from blkferry.daemon.doctor.finding import Check, Finding, State
 from blkferry.daemon.doctor.machine import CAP_SYS_ADMIN, Machine
 
-ABOUT = "images as files (FUSE)"
+ABOUT = "images as files (blkferry mount)"
 DEVICE = "/dev/fuse"
 CONFIGURATION = "/etc/fuse.conf"
 
