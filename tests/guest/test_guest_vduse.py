@@ -232,7 +232,7 @@ def test_a_driver_that_writes_does_not_notice_crashes_and_restarts(guest, daemon
         assert left in log
         log = log.replace(left, "")
     assert log == ""
-    guest.run(f"qemu-img check -q /run/disk.qcow2\n{NOTHING_IS_LEFT}")
+    guest.run(f"qemu-img check -q /run/disk.qcow2 || test $? = 3  # leaks, and no worse\n{NOTHING_IS_LEFT}")
 
 
 def test_removal_by_force(guest, daemon):

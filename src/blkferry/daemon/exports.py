@@ -187,6 +187,7 @@ class Exports:
     async def _remove(self, export_id: str, entry: Entry) -> None:
         export, root = entry.export, entry.export.root
         try:
+            await export.part()
             await _stop(export)
             async with self._daemon.graph.changing:
                 await root.services.run(root.detach())

@@ -64,6 +64,9 @@ class Export:
     async def drain(self) -> None:
         """Let clients finish what they have asked for; cancelled when patience ends. Called on the node's loop."""
 
+    async def part(self) -> None:
+        """Before `stop`, and while still serving: take leave of what holds the export. Called on the main loop."""
+
     async def stop(self) -> None:
         """Cut the clients off and return when nothing is in flight. Called on the node's loop."""
         raise NotImplementedError

@@ -170,12 +170,14 @@ class VduseBlkExport(Export):
                 if bus.is_attached(self.name):  # nobody else has done it meanwhile
                     log.warning("export '%s': %s. %s", self.options.id, error.message, error.hint)
 
+    async def part(self) -> None:
+        if self._detach_at_end or not self.host.ending:
+            await self._detach()
+
     async def stop(self) -> None:
         device = self._device
         assert device is not None
         assert self._log is not None
-        if self._detach_at_end or not self.host.ending:
-            await self._detach()
         await device.stop()
         if self.host.ending:
             try:
