@@ -95,6 +95,13 @@ app.add_command(umount)
     help="Listen on a socket that is there already: its number, or its name in systemd.  [default: systemd's only one]",
 )
 @click.option(
+    "--vduse",
+    multiple=True,
+    metavar="NAME",
+    help="Make a block device of this machine, /dev/vdX, instead of listening; once per image. With options of the "
+    "export if need be, like disk0,num-queues=4.",
+)
+@click.option(
     "-f",
     "--format",
     "image_format",
@@ -154,6 +161,7 @@ def serve(
     hosts: tuple[str, ...],
     ports: tuple[int, ...],
     fds: tuple[str, ...],
+    vduse: tuple[str, ...],
     *,
     writable: bool,
     image_format: str | None,
@@ -186,9 +194,15 @@ def serve(
     blkferry serve --socket /run/vm.sock --host 192.0.2.7 vm.qcow2
     blkferry serve --name scratch memory:10G
     blkferry serve --host '' --tls /etc/blkferry vm.qcow2
+    blkferry serve -w --vduse disk0 vm.qcow2
     """  # noqa: D301
     if names and len(names) != len(images):
         raise click.UsageError(f"--name is given {len(names)} times for {len(images)} images; give it once for each.")
+    if vduse and len(vduse) != len(images):
+        raise click.UsageError(f"--vduse is given {len(vduse)} times for {len(images)} images; give it once for each.")
+    for_nbd = (sockets, hosts, ports, fds, names, description, bitmaps, allocation_depth, tls, allowed)
+    if vduse and any(for_nbd):
+        raise click.UsageError("--vduse makes block devices; addresses, names, bitmaps and TLS are for NBD clients.")
     from blkferry.cli.serve import Request, Speech, serve_images
 
     log_to_stderr(PROGRAM, verbose)
@@ -212,9 +226,30 @@ def serve(
         objects=objects,
         tls=tls,
         allowed=allowed,
+        vduse=vduse,
     )
     try:
         serve_images(request, speech)
     except Error as error:
         complain(PROGRAM, error)
         sys.exit(1)
+
+
+@app.command(
+    short_help="Say what this machine lacks, and what to do about it.",
+    epilog="It ends with 0 if all of that can be used, and with 1 if not. It changes nothing.",
+)
+@click.argument("subjects", nargs=-1, metavar="[WHAT]...")
+@click.option("--json", "as_json", is_flag=True, help="Say it in one line of JSON.")
+def doctor(subjects: tuple[str, ...], *, as_json: bool) -> None:
+    """Say what this machine lacks for blkferry to do all it can.
+
+    WHAT is nbd, fuse, vduse or engine; all of them unless some are named.
+
+    \b
+    blkferry doctor
+    blkferry doctor vduse
+    """  # noqa: D301
+    from blkferry.cli.doctor import diagnose
+
+    sys.exit(not diagnose(subjects, as_json=as_json))

@@ -36,6 +36,16 @@ class Offer:
         found = (uri_of(address, self.name, tls=self.tls) for address in self.addresses)
         return [uri for uri in found if uri is not None]
 
+    def facts(self) -> dict[str, object]:
+        """What a program wants to know of it."""
+        return {
+            "name": self.name,
+            "image": self.image,
+            "size": self.size,
+            "writable": self.writable,
+            "uris": self.uris,
+        }
+
     def clients(self) -> Iterator[tuple[str, str]]:
         """What one might do with it: a word for it, and the command line."""
         if not self.uris:
@@ -104,9 +114,7 @@ def write_uris(offers: Sequence[Offer]) -> None:
 
 def write_json(offers: Sequence[Offer], qmp: str | None) -> None:
     """Say it to a program."""
-    exports = [
-        {"name": o.name, "image": o.image, "size": o.size, "writable": o.writable, "uris": o.uris} for o in offers
-    ]
+    exports = [offer.facts() for offer in offers]
     write(json.dumps({"pid": os.getpid(), "qmp": qmp and os.path.abspath(qmp), "exports": exports}) + "\n")
 
 

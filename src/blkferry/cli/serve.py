@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from blkferry.cli.devices import offer_devices
 from blkferry.cli.ready import Offer, announce, write_json, write_uris
 from blkferry.daemon import images
 from blkferry.daemon.commands.char import chardev_add
@@ -74,6 +75,7 @@ class Request:
     allowed: tuple[str, ...] = ()
     bitmaps: tuple[str, ...] = ()
     allocation_depth: bool = False
+    vduse: tuple[str, ...] = ()
 
     def addresses(self, passed: Sequence[str] = ()) -> list[SocketAddress]:
         """Where to listen; `passed` are the names of sockets that we were started with. Raises Error."""
@@ -95,7 +97,7 @@ class Request:
 
 def serve_images(request: Request, speech: Speech) -> None:
     """Serve until a signal comes. Raises Error, with nothing left behind."""
-    names = request.names or default_names(request.images)
+    names = request.names or request.vduse or default_names(request.images)
     offers: list[Offer] = []
 
     async def fill(daemon: Daemon) -> None:
@@ -150,6 +152,16 @@ async def _offer(daemon: Daemon, request: Request, names: tuple[str, ...]) -> li
     await add_objects(daemon, request.objects)
     await _add_security(daemon, request)
     nodes = [await _open(daemon, request, number, image) for number, image in enumerate(request.images)]
+    if request.vduse:
+        offers = await offer_devices(daemon, request.images, nodes, request.vduse)
+    else:
+        offers = await _offer_over_nbd(daemon, request, nodes, names)
+    if request.qmp is not None:
+        await add_qmp(daemon, request.qmp)
+    return offers
+
+
+async def _offer_over_nbd(daemon: Daemon, request: Request, nodes: Sequence[str], names: Sequence[str]) -> list[Offer]:
     addresses = tuple(dict.fromkeys(map(_as_clients_see, await _listen(daemon, request))))
     offers = []
     for image, node, name in zip(request.images, nodes, names, strict=True):
@@ -157,8 +169,6 @@ async def _offer(daemon: Daemon, request: Request, names: tuple[str, ...]) -> li
         await _export(daemon, request, image, node, name)
         size = daemon.graph.find(node).length
         offers.append(Offer(name, image, size, writable, addresses, tls=request.tls is not None))
-    if request.qmp is not None:
-        await add_qmp(daemon, request.qmp)
     return offers
 
 

@@ -19,6 +19,7 @@ from typing import Any, Self
 
 from blkferry.daemon import commands, images
 from blkferry.daemon.chardev import Chardev
+from blkferry.daemon.devices import BlockDevice, make_device
 from blkferry.daemon.disk import Disk
 from blkferry.daemon.exports import Exports
 from blkferry.daemon.imaging.names import add_credentials
@@ -28,6 +29,7 @@ from blkferry.daemon.mounts import FuseMount, mount
 from blkferry.daemon.nbd_servers import NbdServers
 from blkferry.errors import Error, ErrorKind
 from blkferry.exports.nbd import NbdServer
+from blkferry.exports.vduse_blk import BlockExportOptionsVduseBlk
 from blkferry.graph import registry
 from blkferry.graph.graph import Graph, well_formed
 from blkferry.jobs.jobs import Jobs
@@ -114,6 +116,7 @@ class Daemon:
         await asyncio.shield(self._stopping)
 
     async def _stop(self, patience: float) -> None:
+        self.exports.end()
         self.nbd_servers.stop_listening()
         if patience:
             await self.exports.drain_all(patience, self._hurry)
@@ -161,7 +164,7 @@ class Daemon:
                 hint="query-commands lists those there are.",
                 command=name,
             )
-        if self._stopping is not None:
+        if self.ending:
             raise Error(ErrorKind.GONE, "The daemon is shutting down")
         value: Struct | None = None
         if command.arguments is not None:
@@ -288,6 +291,39 @@ class Daemon:
             allow_other=FuseExportAllowOther(allow_other),
         )
         return await mount(self, options, over=over)
+
+    async def block_device(
+        self,
+        disk: Disk,
+        name: str,
+        *,
+        num_queues: int = 1,
+        queue_size: int = 256,
+        logical_block_size: int = 512,
+        serial: str = "",
+        export_id: str | None = None,
+    ) -> BlockDevice:
+        """Make a disk a block device of this host, /dev/vdX, by the kernel's VDUSE and vDPA bus; writable if it is.
+
+        `name` is what both call it, unique on this host. It ends with the daemon. Raises Error.
+        """
+        options = BlockExportOptionsVduseBlk(
+            id=export_id or self._free_name("device", self.exports.ids),
+            node_name=disk.name,
+            writable=disk.writable,
+            name=name,
+            num_queues=num_queues,
+            queue_size=queue_size,
+            logical_block_size=logical_block_size,
+            serial=serial,
+        )
+        device = await make_device(self, options)
+        try:
+            await device.attach()
+        except BaseException:
+            await device.remove(force=True)
+            raise
+        return device
 
     def nbd_uris(self, name: str, server: str | None = None) -> list[str]:
         """Where clients find the export called `name`: one URI for each address the NBD server listens on."""

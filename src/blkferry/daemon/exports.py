@@ -48,6 +48,7 @@ class Exports:
         self._daemon = daemon
         self._entries: dict[str, Entry | None] = {}  # None while the export is being made
         self._ended_early: set[str] = set()  # those that ended while they were being made
+        self._ending = asyncio.Event()
 
     async def add(self, options: BlockExportOptions) -> Export:
         """Create an export, with the contract's checks in their order. Leaves nothing behind on failure."""
@@ -186,10 +187,12 @@ class Exports:
     async def _remove(self, export_id: str, entry: Entry) -> None:
         export, root = entry.export, entry.export.root
         try:
+            await export.part()
             await _stop(export)
             async with self._daemon.graph.changing:
                 await root.services.run(root.detach())
                 self._daemon.graph.users.remove(export)
+            await self._linger(export)
         except Exception:
             log.exception("export '%s': removal failed", export_id)
         del self._entries[export_id]
@@ -206,6 +209,17 @@ class Exports:
         if (entry := self._entries.get(export_id)) is not None:
             await entry.gone.wait()
 
+    async def _linger(self, export: Export) -> None:
+        """Let it stay as long as it has to, or until the daemon ends."""
+        lingering = asyncio.create_task(export.linger())
+        ending = asyncio.create_task(self._ending.wait())
+        await asyncio.wait([lingering, ending], return_when=asyncio.FIRST_COMPLETED)
+        ending.cancel()
+        lingering.cancel()
+        await asyncio.wait([lingering])
+        if not lingering.cancelled():
+            lingering.result()
+
     async def drain_all(self, patience: float, hurry: asyncio.Event) -> None:
         """Take no new clients, and give those there are `patience` seconds to be answered, or until `hurry` is set."""
         exports = [entry.export for entry in self._entries.values() if entry is not None]
@@ -215,6 +229,10 @@ class Exports:
         await asyncio.wait(waits, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()
+
+    def end(self) -> None:
+        """The daemon ends: exports that are being removed do not linger."""
+        self._ending.set()
 
     async def remove_all(self, only: Callable[[Export], bool] = lambda _: True) -> None:
         """Remove every export, or `only` some, newest first."""

@@ -21,6 +21,10 @@ class Host(Protocol):
 
     graph: Graph
 
+    @property
+    def ending(self) -> bool:
+        """Whether the daemon is about to end, and the export with it, instead of being removed by somebody."""
+
     def service(self, kind: str, name: str | None = None) -> Any:
         """A shared service ("nbd-server"), the one without a name by default. Raises Error when it does not run."""
 
@@ -60,9 +64,18 @@ class Export:
     async def drain(self) -> None:
         """Let clients finish what they have asked for; cancelled when patience ends. Called on the node's loop."""
 
+    async def part(self) -> None:
+        """Before `stop`, and while still serving: take leave of what holds the export. Called on the main loop."""
+
     async def stop(self) -> None:
         """Cut the clients off and return when nothing is in flight. Called on the node's loop."""
         raise NotImplementedError
+
+    async def linger(self) -> None:
+        """Stay, after `stop` and without the node, while something outside holds the export; usually nothing does.
+
+        Cancelled when the daemon ends. Called on the main loop.
+        """
 
     @property
     def in_use(self) -> Error | None:

@@ -94,6 +94,11 @@ class Node:
         """Whether a place that a lookup has named may come to hold other bytes of the node later."""
         return False
 
+    @property
+    def volatile(self) -> bool:
+        """Whether something that was written would be lost with this process, although no flush has failed."""
+        return any(edge.node.volatile for edge in self.children.values())
+
     # Where bytes live ------------------------------------------------------------------------------------------
 
     def lookup(self, start: int, length: int, effort: Effort) -> list[Extent] | None:

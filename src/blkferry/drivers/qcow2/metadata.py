@@ -360,6 +360,11 @@ class Metadata:
         )
 
     @property
+    def volatile(self) -> bool:
+        """Whether the file does not yet say where all of the data is."""
+        return bool(self.l1_dirty or self.slices.any_dirty() or self._committing.locked())
+
+    @property
     def crowded(self) -> bool:
         """Whether a commit has to come before more changes."""
         return self.slices.crowded or self.refcounts.blocks.crowded

@@ -132,6 +132,10 @@ class Qcow2(Node):
         return self.metadata.file
 
     @property
+    def volatile(self) -> bool:
+        return self.metadata.volatile or super().volatile
+
+    @property
     def reuses_places(self) -> bool:
         return self.metadata.writable
 

@@ -67,6 +67,8 @@ class Device:
         if not writable:
             self.offered |= Blk.RO
         self.features = 0
+        self.lost_writes = False
+        """Whether a process before us had answered writes that died with it. The next flush tells."""
         self._writethrough = root.writethrough  # what the export was told, for as long as the driver says nothing
         self._quiet_until = 0.0
         self._unsaid = 0

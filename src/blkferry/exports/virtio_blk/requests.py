@@ -221,6 +221,11 @@ def _put(queue: Queue, request: Request, offset: int) -> bool:
 
 
 def _flush(queue: Queue, request: Request) -> None:
+    if queue.device.lost_writes:
+        queue.device.lost_writes = False
+        queue.device.complain("a flush fails, for writes before it are lost")
+        queue.finish(request, Status.IOERR)
+        return
     target = queue.device.root.node.flush_target()
     if target is None:
         queue.spawn(request, slow.flush(queue))
