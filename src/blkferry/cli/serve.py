@@ -19,7 +19,6 @@ from blkferry.daemon import images
 from blkferry.daemon.commands.char import chardev_add
 from blkferry.daemon.daemon import Daemon
 from blkferry.daemon.imaging.names import ImageName, about, add_credentials
-from blkferry.daemon.listener import Listener
 from blkferry.daemon.run import run
 from blkferry.errors import Error, ErrorKind
 from blkferry.graph.remote import location_of
@@ -31,6 +30,7 @@ from blkferry.schema.qom import ObjectOptions
 from blkferry.schema.sockets import SocketAddress, SocketAddressFd, SocketAddressInet, SocketAddressUnix
 from blkferry.schema.visit import visit
 from blkferry.sockets import descriptors
+from blkferry.sockets.listener import Listener
 from blkferry.wire.nbd.uri import DEFAULT_PORT, is_uri
 
 QMP = "qmp"

@@ -21,7 +21,6 @@ from blkferry.daemon.chardev import Chardev
 from blkferry.daemon.disk import Disk
 from blkferry.daemon.exports import Exports
 from blkferry.daemon.imaging.names import add_credentials
-from blkferry.daemon.listener import Listener
 from blkferry.daemon.monitor import Monitor
 from blkferry.daemon.nbd_servers import NbdServers
 from blkferry.errors import Error, ErrorKind
@@ -48,6 +47,7 @@ from blkferry.schema.qom import ObjectOptions
 from blkferry.schema.registry import COMMANDS, EVENTS
 from blkferry.schema.sockets import SocketAddress, SocketAddressUnix
 from blkferry.schema.visit import dump, visit
+from blkferry.sockets.listener import Listener
 
 log = logging.getLogger(__name__)
 
