@@ -15,10 +15,11 @@ import mmap
 import os
 import struct
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from blkferry.plane.buffers import Buffer
 from blkferry.plane.engine import Done
+from blkferry.plane.syscalls import address_of
 
 _SYS_SETUP = 425
 _SYS_ENTER = 426
@@ -33,6 +34,8 @@ _OFF_SQES = 0x10000000
 _FEAT_SINGLE_MMAP = 1 << 0
 _FEAT_NODROP = 1 << 1
 
+_OP_READV = 1
+_OP_WRITEV = 2
 _OP_FSYNC = 3
 _OP_FALLOCATE = 17
 _OP_READ = 22
@@ -78,7 +81,7 @@ class _Operation:
         address: int,
         length: int,
         flags: int,
-        buffer: Buffer | None,
+        buffer: object,
         done: Done,
     ) -> None:
         self.opcode = opcode
@@ -142,6 +145,22 @@ class Ring:
 
     def write(self, fd: int, buffer: Buffer, start: int, length: int, offset: int, flags: int, done: Done) -> None:
         self._push(_Operation(_OP_WRITE, fd, offset, buffer.address + start, length, flags, buffer, done))
+
+    def readv(self, fd: int, pieces: Sequence[memoryview], offset: int, done: Done) -> None:
+        self._push_vector(_OP_READV, fd, pieces, offset, 0, done)
+
+    def writev(self, fd: int, pieces: Sequence[memoryview], offset: int, flags: int, done: Done) -> None:
+        self._push_vector(_OP_WRITEV, fd, pieces, offset, flags, done)
+
+    def _push_vector(
+        self, opcode: int, fd: int, pieces: Sequence[memoryview], offset: int, flags: int, done: Done
+    ) -> None:
+        vector = (ctypes.c_uint64 * (2 * len(pieces)))()
+        for index, piece in enumerate(pieces):
+            vector[2 * index] = address_of(piece)
+            vector[2 * index + 1] = len(piece)
+        kept = (vector, pieces)
+        self._push(_Operation(opcode, fd, offset, ctypes.addressof(vector), len(pieces), flags, kept, done))
 
     def fdatasync(self, fd: int, done: Done) -> None:
         self._push(_Operation(_OP_FSYNC, fd, 0, 0, 0, _FSYNC_DATASYNC, None, done))

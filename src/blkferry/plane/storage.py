@@ -15,7 +15,7 @@ import mmap
 import os
 import stat
 import struct
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from blkferry.plane import syscalls
 from blkferry.plane.buffers import Buffer
@@ -211,6 +211,30 @@ class Storage:
             done(result)
 
         self.engine.write(self.fd, buffer, start, length, offset, flags, finish)
+
+    def readv(self, pieces: Sequence[memoryview], offset: int, done: Done) -> None:
+        """Read into memory that is not ours, by way of the engine; `done` gets the count, which may be short."""
+        use = self.readers.begin()
+
+        def finish(result: int) -> None:
+            self.readers.end(use)
+            done(result)
+
+        self.engine.readv(self.fd, pieces, offset, finish)
+
+    def fast_writev(self, pieces: Sequence[memoryview], offset: int, fua: bool, done: Done) -> None:
+        """Write from memory that is not ours, else like `fast_write`; `done` gets the count, which may be short."""
+        use = self.writers.begin()
+        self._fast_writes.begin()
+        flags = os.RWF_DSYNC if fua and not self.no_flush else 0
+
+        def finish(result: int) -> None:
+            self.dirty += 1
+            self._fast_writes.end()
+            self.writers.end(use)
+            done(result)
+
+        self.engine.writev(self.fd, pieces, offset, flags, finish)
 
     def flush(self, done: Done) -> None:
         """Make everything that was written before this call durable.

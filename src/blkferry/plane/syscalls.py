@@ -43,6 +43,38 @@ def unread_bytes(fd: int) -> int:
     return int.from_bytes(fcntl.ioctl(fd, termios.TIOCOUTQ, _FOUR_BYTES), sys.byteorder)
 
 
+class _Buffer(ctypes.Structure):
+    """Py_buffer."""
+
+    _fields_ = (
+        ("address", ctypes.c_void_p),
+        ("owner", ctypes.py_object),
+        ("length", ctypes.c_ssize_t),
+        ("item", ctypes.c_ssize_t),
+        ("readonly", ctypes.c_int),
+        ("dimensions", ctypes.c_int),
+        ("rest", ctypes.c_void_p * 5),
+    )
+
+
+_get_buffer = ctypes.pythonapi.PyObject_GetBuffer
+_get_buffer.argtypes = [ctypes.py_object, ctypes.c_void_p, ctypes.c_int]
+_release_buffer = ctypes.pythonapi.PyBuffer_Release
+_release_buffer.argtypes = [ctypes.c_void_p]
+_release_buffer.restype = None
+
+
+def address_of(view: memoryview) -> int:
+    """Where in this process the bytes of a view begin, also of one that is read-only."""
+    if not view.readonly:
+        return ctypes.addressof(ctypes.c_char.from_buffer(view))
+    buffer = _Buffer()
+    _get_buffer(view, ctypes.byref(buffer), 0)
+    address = int(buffer.address)
+    _release_buffer(ctypes.byref(buffer))
+    return address
+
+
 def fallocate(fd: int, mode: int, offset: int, length: int) -> int:
     """fallocate(2) with a mode (FALLOC_FL_*); the standard library has only mode 0."""
     if _libc.fallocate(fd, mode, offset, length) != 0:

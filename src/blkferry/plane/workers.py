@@ -12,7 +12,7 @@ import os
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from blkferry.plane.buffers import Buffer
 from blkferry.plane.engine import Done
@@ -47,6 +47,12 @@ class Workers:
 
     def write(self, fd: int, buffer: Buffer, start: int, length: int, offset: int, flags: int, done: Done) -> None:
         self._push(lambda: _write(fd, buffer.view[start : start + length], offset, flags), done)
+
+    def readv(self, fd: int, pieces: Sequence[memoryview], offset: int, done: Done) -> None:
+        self._push(lambda: os.preadv(fd, pieces, offset), done)
+
+    def writev(self, fd: int, pieces: Sequence[memoryview], offset: int, flags: int, done: Done) -> None:
+        self._push(lambda: os.pwritev(fd, pieces, offset, flags), done)
 
     def fdatasync(self, fd: int, done: Done) -> None:
         self._push(lambda: _fdatasync(fd), done)

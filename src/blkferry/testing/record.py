@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar, TypeVar
@@ -232,6 +232,23 @@ class _Engine:
             self._engine.write(fd, buffer, start, length, offset, flags, finish)
 
         self._act("write", offset, length, act, finish)
+
+    def readv(self, fd: int, pieces: Sequence[memoryview], offset: int, done: Done) -> None:
+        length = sum(map(len, pieces))
+        self._act("read", offset, length, lambda: self._engine.readv(fd, pieces, offset, done), done)
+
+    def writev(self, fd: int, pieces: Sequence[memoryview], offset: int, flags: int, done: Done) -> None:
+        data = b"".join(pieces)
+        change = self._log.begin(offset, data, through=bool(flags & os.RWF_DSYNC))
+
+        def finish(result: int) -> None:
+            self._log.settle(change, failed=result != len(data))
+            done(result)
+
+        def act() -> None:
+            self._engine.writev(fd, [memoryview(data)], offset, flags, finish)
+
+        self._act("write", offset, len(data), act, finish)
 
     def fdatasync(self, fd: int, done: Done) -> None:
         flush = self._log.begin_flush()

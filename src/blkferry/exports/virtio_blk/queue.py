@@ -1,0 +1,227 @@
+"""One virtqueue of a block device: its life, when it is served, and how its driver hears of what was done.
+
+Theory of operation. A turn begins with a kick. It takes every chain that is available (`turn`); what cannot sleep is
+done at once, the rest by the engine or as a task. What is done is put into the used ring and shown with one store and
+at most one notification: at the end of the turn, or of the batch of completions. Then the driver is asked to kick
+again, and the ring is looked at once more, for it may have missed that.
+
+A driver that has one request at a time is polled for (`poll-max-ns`), if its last one came as soon as that.
+
+Invariants: every chain that was taken is given back exactly once; nothing leaves here as an exception: what is wrong
+with the ring stops this queue and is told by `failed`, once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any
+
+from blkferry.errors import Error, ErrorKind
+from blkferry.exports.virtio_blk import requests, turn
+from blkferry.plane.drain import InFlight
+from blkferry.wire.virtio.chain import Chain, Inflight, Ring, RingError
+from blkferry.wire.virtio.memory import GuestMemory
+from blkferry.wire.virtio_blk import Status
+
+if TYPE_CHECKING:
+    from blkferry.exports.virtio_blk.device import Device
+    from blkferry.exports.virtio_blk.request import Request
+
+log = logging.getLogger(__name__)
+
+STATUS_OF_KIND = {
+    kind: Status.UNSUPP if kind in (ErrorKind.UNSUPPORTED, ErrorKind.UNKNOWN_COMMAND) else Status.IOERR
+    for kind in ErrorKind
+}
+
+
+class Queue:
+    """Queue `index` of a device; owned by the loop of the node from `start` to the end of `stop`.
+
+    `kick_fd` is an eventfd of which this queue is a reader; -1 if the transport calls `kick` instead. `notify` tells
+    the driver that there are used buffers, and `failed` the transport that the queue has stopped for ever, and why;
+    neither may raise or wait. `inflight` is told what is in flight. The descriptor stays the caller's.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        index: int,
+        ring: Ring,
+        memory: GuestMemory,
+        kick_fd: int,
+        notify: Callable[[], None],
+        failed: Callable[[str], None],
+        inflight: Inflight | None = None,
+    ) -> None:
+        self.device = device
+        self.index = index
+        self.ring = ring
+        self.memory = memory
+        self.inflight = inflight
+        self.requests = 0
+        self.services = device.root.services
+        self._kick_fd = kick_fd
+        self._notify = notify
+        self._failed = failed
+        self.in_flight = InFlight()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._running = False
+        self._broken = False
+        self._heads: list[int] = []  # put and not yet shown
+        self._publish_scheduled = False
+        self._resubmitted = False
+
+    # Life ------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Serve, on the loop of the node. What `inflight` says was in flight before comes first."""
+        self.services = self.device.root.services
+        self._running = True
+        if self._kick_fd >= 0:
+            self.services.loop.add_reader(self._kick_fd, self._kicked)
+        if not self._resubmitted:
+            self._resubmitted = True
+            self._resubmit()
+        self.kick()
+
+    async def stop(self) -> tuple[int, ...]:
+        """Take nothing more; return the ring's state when nothing is in flight and all that was done is shown."""
+        if self._running:
+            self._running = False
+            if self._kick_fd >= 0:
+                self.services.loop.remove_reader(self._kick_fd)
+        await self.in_flight.idle()
+        self._publish()
+        return self.ring.state
+
+    async def pause(self) -> None:
+        """Let go of the node's loop; return when nothing is in flight."""
+        await self.stop()
+
+    def resume(self) -> None:
+        """Go on, on the loop where the node lives now."""
+        self.start()
+
+    def replace(self, ring: Ring, memory: GuestMemory) -> None:
+        """Have the driver's memory elsewhere, and the ring in it. Only while paused or stopped."""
+        assert not self._running
+        self.ring, self.memory = ring, memory
+
+    def _fail(self, why: str) -> None:
+        """Stop for ever: the ring, or the memory it lies in, cannot be trusted."""
+        if self._broken:
+            return
+        self._broken = True
+        log.warning("%s: queue %d stopped: %s", self.device.name, self.index, why)
+        if self._running and self._kick_fd >= 0:
+            self.services.loop.remove_reader(self._kick_fd)
+        self._running = False
+        self._failed(why)
+
+    def _resubmit(self) -> None:
+        if self.inflight is None:
+            return
+        try:
+            for head, descriptors in self.inflight.pending():
+                turn.execute(self, self.ring.again(head, descriptors), inline_writes=False)
+        except RingError as error:
+            self._fail(str(error))
+
+    # Serving ---------------------------------------------------------------------------------------------------
+
+    def _kicked(self) -> None:
+        try:
+            os.eventfd_read(self._kick_fd)
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self._fail(f"the kick descriptor failed: {error.strerror}")
+            return
+        self.kick()
+
+    def kick(self) -> None:
+        """Look whether there is something to do."""
+        if not self._running:
+            return
+        try:
+            self.requests += turn.serve(self)
+            self._publish()
+            if self._running and self.ring.arm():
+                self.services.loop.call_soon(self.kick)
+        except RingError as error:
+            self._fail(str(error))
+
+    # Finishing -------------------------------------------------------------------------------------------------
+
+    def finish(self, request: Request, status: int) -> None:
+        """A request is done; the driver sees it at the end of this turn, or of this batch of completions."""
+        if self._broken:
+            return
+        request.status[0] = status
+        self._put(request.chain, request.written)
+
+    def give_up(self, chain: Chain) -> None:
+        """Give back a chain that has no place for a status."""
+        self._put(chain, 0)
+
+    def _put(self, chain: Chain, written: int) -> None:
+        self.ring.put(chain, written)
+        if self.inflight is not None:
+            self._heads.append(chain.head)
+        if not self._publish_scheduled:
+            self._publish_scheduled = True
+            self.services.loop.call_soon(self._publish)
+
+    def _publish(self) -> None:
+        """Show the driver what was put."""
+        self._publish_scheduled = False
+        if self._broken:
+            return
+        if self.memory.lost:
+            self._fail("the driver's memory was cut off")
+            return
+        if self.inflight is not None and self._heads:
+            self.inflight.end(self._heads)
+        wanted = self.ring.publish(idle=not self.in_flight.count)
+        if self.inflight is not None and self._heads:
+            self.inflight.published(self.ring.next_used)
+            self._heads.clear()
+        if wanted:
+            self._notify()
+
+    def begin(self) -> None:
+        """Count an operation that this turn does not finish."""
+        self.in_flight.begin()
+        self.device.root.in_flight.begin()
+
+    def end(self) -> None:
+        """It is over."""
+        self.device.root.in_flight.end()
+        self.in_flight.end()
+
+    def spawn(self, request: Request, work: Coroutine[Any, Any, None]) -> None:
+        """Execute a request as a task."""
+        self.begin()
+        task = self.services.loop.create_task(self._perform(request, work))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _perform(self, request: Request, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except OSError as error:
+            requests.failed(self, request, error)
+        except Error as error:
+            self.device.complain(error.message)
+            self.finish(request, STATUS_OF_KIND[error.kind])
+        except Exception:  # our own bug must fail this request, and nothing else
+            log.exception("%s: queue %d: request failed", self.device.name, self.index)
+            self.finish(request, Status.IOERR)
+        else:
+            self.finish(request, Status.OK)
+        finally:
+            self.end()
