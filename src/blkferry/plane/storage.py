@@ -126,7 +126,7 @@ class Storage:
         if window is None:
             if self.inline_read_flags is None or not self.seek_inline or not self.size:
                 return None
-        elif self.size - window.size < max(window.size >> 2, _WORTH_MAPPING):
+        elif not window.lost and self.size - window.size < max(window.size >> 2, _WORTH_MAPPING):
             return window
         try:
             self._window = Window(self.fd, self.size, in_memory=self.in_memory)

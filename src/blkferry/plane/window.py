@@ -6,8 +6,9 @@ page is in memory, or the loop would sleep on the disk inside of send. So the fi
 read a second time within a second is examined, and counts as hot until the next second if all of it is cached and none
 of it is a hole (holes are to be reported, not sent). A page that the kernel gives up in between costs one sleep.
 
-Python code must never look at the mapped bytes itself: were the file cut off meanwhile, that would be a SIGBUS. The
-kernel's send gets EFAULT instead, and the connection ends.
+Python code must never look at the bytes of `view` itself: were the file cut off meanwhile, that would be a SIGBUS. The
+kernel's send gets EFAULT instead, and the connection ends. Who wants to copy them, into a guest's memory say, takes the
+`copies`, another mapping that is guarded, and asks `lost` after each: then it was not the file's bytes that he copied.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import mmap
 import os
 
+from blkferry.plane.guarded import guarded_map
 from blkferry.plane.syscalls import CacheStat
 
 REGION_BITS = 21
@@ -40,6 +42,21 @@ class Window:
         self._second = 0
         self._epoch = 0
         self.hot = _HOT
+        self._copies: memoryview | None = None
+        self.lost = False
+
+    @property
+    def copies(self) -> memoryview:
+        """The file, to copy from; empty where it cannot be mapped once more."""
+        if self._copies is None:
+            try:
+                self._copies = guarded_map(self._fd, self.size, 0, self._cut_off, prot=mmap.PROT_READ)
+            except (OSError, ValueError):
+                self._copies = memoryview(b"")
+        return self._copies
+
+    def _cut_off(self) -> None:
+        self.lost = True
 
     def tick(self, now: float) -> int:
         """Say what time it is, in monotonic seconds; returns the mark of hot regions."""
@@ -81,3 +98,4 @@ class Window:
         """Unmap. No slice of the view may be left."""
         self.view.release()
         self._map.close()
+        self._copies = None

@@ -30,3 +30,11 @@ STALL_PENALTY: Final = 20
 
 COMPLAINT_SECONDS: Final = 1.0
 """One log line about failed requests of a device in this time."""
+
+FILL_BELOW: Final = 32 << 10
+"""Smaller writes are worth finding a place for that will be overwritten again."""
+
+MAX_COPY: Final = 256 << 10
+"""What is copied from a mapped file by one request; a system call costs little beside more than that."""
+
+ZEROES: Final = memoryview(bytes(MAX_COPY))

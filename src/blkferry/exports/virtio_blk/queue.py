@@ -16,11 +16,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from blkferry.errors import Error, ErrorKind
 from blkferry.exports.virtio_blk import requests, turn
+from blkferry.exports.virtio_blk.limits import TURN_REQUESTS
 from blkferry.plane.drain import InFlight
 from blkferry.wire.virtio.chain import Chain, Inflight, Ring, RingError
 from blkferry.wire.virtio.memory import GuestMemory
@@ -71,7 +73,11 @@ class Queue:
         self._tasks: set[asyncio.Task[None]] = set()
         self._running = False
         self._broken = False
-        self._heads: list[int] = []  # put and not yet shown
+        self.put_heads: list[int] = []  # and not yet shown; kept only for `inflight`
+        self._serving = False
+        self._prompt = False  # the driver's last request came as soon as one is waited for
+        self._polled_in_vain = False
+        self._quiet_since = 0.0
         self._publish_scheduled = False
         self._resubmitted = False
 
@@ -141,19 +147,55 @@ class Queue:
         except OSError as error:
             self._fail(f"the kick descriptor failed: {error.strerror}")
             return
+        if self.services.poll_seconds:
+            # A driver that we slept through looks late by the time it takes to wake up.
+            patience = self.services.poll_seconds * (1 if self._polled_in_vain else 2)
+            self._prompt = time.monotonic() - self._quiet_since < patience
         self.kick()
 
     def kick(self) -> None:
-        """Look whether there is something to do."""
+        """Serve what there is, and what comes meanwhile; within limits, as others of the loop wait."""
         if not self._running:
             return
+        services, ring = self.services, self.ring
+        alone, services.last_served = services.last_served is self, self
+        budget = TURN_REQUESTS
+        self._serving = True
         try:
-            self.requests += turn.serve(self)
-            self._publish()
-            if self._running and self.ring.arm():
-                self.services.loop.call_soon(self.kick)
+            while budget > 0:
+                count = turn.serve(self)
+                if count:
+                    budget -= count
+                    self.requests += count
+                    self._publish()
+                    if self.in_flight.count:
+                        services.engine.kick()
+                        self._publish()  # what was done at once
+                    if not self._running:
+                        return
+                    if ring.available() or (alone and services.poll_seconds and self._poll(services.poll_seconds)):
+                        continue
+                if not ring.arm():
+                    return
+            services.loop.call_soon(self.kick)
         except RingError as error:
             self._fail(str(error))
+        finally:
+            self._serving = False
+
+    def _poll(self, longest: float) -> bool:
+        """Wait for more without sleeping, if the last came as soon as that (poll-max-ns); whether it did."""
+        self._quiet_since = now = time.monotonic()
+        self._polled_in_vain = False
+        if not self._prompt or self.in_flight.count:
+            return False
+        available = self.ring.available
+        self.ring.disarm()
+        while not available():
+            if time.monotonic() - now > longest:
+                self._polled_in_vain = True
+                return False
+        return True
 
     # Finishing -------------------------------------------------------------------------------------------------
 
@@ -171,8 +213,8 @@ class Queue:
     def _put(self, chain: Chain, written: int) -> None:
         self.ring.put(chain, written)
         if self.inflight is not None:
-            self._heads.append(chain.head)
-        if not self._publish_scheduled:
+            self.put_heads.append(chain.head)
+        if not self._serving and not self._publish_scheduled:
             self._publish_scheduled = True
             self.services.loop.call_soon(self._publish)
 
@@ -184,12 +226,12 @@ class Queue:
         if self.memory.lost:
             self._fail("the driver's memory was cut off")
             return
-        if self.inflight is not None and self._heads:
-            self.inflight.end(self._heads)
+        if self.inflight is not None and self.put_heads:
+            self.inflight.end(self.put_heads)
         wanted = self.ring.publish(idle=not self.in_flight.count)
-        if self.inflight is not None and self._heads:
+        if self.inflight is not None and self.put_heads:
             self.inflight.published(self.ring.next_used)
-            self._heads.clear()
+            self.put_heads.clear()
         if wanted:
             self._notify()
 

@@ -11,6 +11,7 @@ import bisect
 import ctypes
 import itertools
 from collections.abc import Callable, Iterable
+from typing import Final
 
 
 class MemoryFault(Exception):  # noqa: N818 - the driver's fault, not an error of ours
@@ -33,9 +34,15 @@ class Region:
         self.guest_start = guest_start
         self.guest_end = guest_start + length
         self.length = length
-        self.view = view
+        self.view = view[:length]
         self.writable = not view.readonly
         self.host_start = host_address(view)
+
+
+Home = tuple[int, int, memoryview]
+"""Start, end and bytes of a region that may be read and written."""
+
+NO_HOME: Final[Home] = (1, 0, memoryview(b""))
 
 
 class GuestMemory:
@@ -43,7 +50,8 @@ class GuestMemory:
 
     `miss` is asked for the region at an address that none has; what it returns is kept. `log` hears of every range
     (guest address, length) that was written, after it was and before the driver is told. `lost` is set by the owner of
-    the mappings when the peer took memory away that this process then looked at: what was read may be zeroes.
+    the mappings when the peer took memory away that this process then looked at: what was read may be zeroes. `home` is
+    for a hot loop to remember the region in which it found things last.
     """
 
     def __init__(
@@ -68,6 +76,7 @@ class GuestMemory:
                 raise MemoryFault(f"regions at {one.guest_start:#x} and {other.guest_start:#x} overlap")
         self.regions = ordered
         self._starts = [region.guest_start for region in ordered]
+        self.home = NO_HOME
 
     def add(self, region: Region) -> None:
         """One region more. Raises MemoryFault when it overlaps one that there is."""
@@ -88,6 +97,14 @@ class GuestMemory:
         self.remove(found.guest_start, found.guest_end)  # it may have grown, or been moved
         self.add(found)
         return found
+
+    def locate(self, address: int) -> Home:
+        """The region that has this address, for looking at it in a hurry; `NO_HOME` where that is not possible."""
+        try:
+            region = self.region(address)
+        except MemoryFault:
+            return NO_HOME
+        return (region.guest_start, region.guest_end, region.view) if region.writable else NO_HOME
 
     def pieces(self, address: int, length: int, *, write: bool = False) -> list[memoryview]:
         """The bytes of a range, in order; one piece unless it crosses regions that lie side by side."""

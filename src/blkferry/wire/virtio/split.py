@@ -27,10 +27,13 @@ NO_NOTIFY: Final = 1
 
 
 class SplitState(NamedTuple):
-    """Positions of the next chain to take, and of the next used element; equal while nothing is in flight."""
+    """Positions of the next chain to take, and of the next used element; equal while nothing is in flight.
+
+    Where the used ring is believed, as vhost-user does, the second may be left out.
+    """
 
     next_avail: int
-    next_used: int
+    next_used: int | None = None
 
 
 def descriptor_size(size: int) -> int:
@@ -93,7 +96,9 @@ class SplitRing:
         self._notify_on_empty = bool(features & Feature.NOTIFY_ON_EMPTY)
         self._used_address = used_address
         used = self.device_words[1]
-        self.next_avail, self.next_used = state or (used, used)
+        next_avail, next_used = state or (used, used)
+        self.next_avail = next_avail
+        self.next_used = used if next_used is None else next_used
         self.published = self.next_used
 
     @property
@@ -104,10 +109,11 @@ class SplitRing:
 
     def waiting(self) -> int:
         """How many chains are available. Raises RingError."""
-        count = (self.driver[1] - self.next_avail) & 0xFFFF
+        index = self.driver[1]
+        count = (index - self.next_avail) & 0xFFFF
         if count:
-            if count > self.size:
-                raise RingError(f"{count} available chains in a ring of {self.size}")
+            if count > self.size or (index - self.next_used) & 0xFFFF > self.size:
+                raise RingError(f"more chains are available, or in flight, than a ring of {self.size} has")
             self.fence.light()  # what the ring and the descriptors hold must not be older than the index
         return count
 
@@ -120,6 +126,18 @@ class SplitRing:
         head = self.driver[2 + (self.next_avail & (self.size - 1))]
         self.next_avail = (self.next_avail + 1) & 0xFFFF
         return self.chain(head)
+
+    def take_heads(self, most: int) -> list[int]:
+        """Take up to `most` chains, by their heads only, which may be any numbers. Raises RingError."""
+        count = min(self.waiting(), most)
+        first = self.next_avail & (self.size - 1)
+        self.next_avail = (self.next_avail + count) & 0xFFFF
+        if count == 1:
+            return [self.driver[2 + first]]
+        heads = self.driver[2 + first : 2 + min(first + count, self.size)].tolist()
+        if len(heads) < count:
+            heads += self.driver[2 : 2 + count - len(heads)].tolist()
+        return heads
 
     def again(self, head: int, descriptors: Sequence[Descriptor]) -> Chain:
         del descriptors  # the table still has them: the driver may not touch them before they are used
