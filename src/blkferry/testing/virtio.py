@@ -28,15 +28,14 @@ GUEST_START: Final = 0x4000_0000
 
 
 class DriverMemory:
-    """`size` bytes of a memfd, at guest address `start`; `fd` is what a transport would pass on."""
+    """`size` bytes of a memfd, at guest address `start`; `fd` is what a transport would pass on.
 
-    def __init__(self, size: int, *, start: int = GUEST_START, seal: bool = False) -> None:
-        self.fd = os.memfd_create("driver", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    Another process that is given the `fd`, and asks for the same in the same order, has the same things in it.
+    """
+
+    def __init__(self, size: int, *, start: int = GUEST_START, fd: int = -1) -> None:
+        self.fd = os.memfd_create("driver", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING) if fd < 0 else fd
         os.ftruncate(self.fd, size)
-        if seal:
-            import fcntl
-
-            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
         self.start, self.size = start, size
         self.view = memoryview(mmap.mmap(self.fd, size))
         self._free = start

@@ -14,10 +14,16 @@ BLOCK_SIZES: Final = (512, 2 << 20)
 """Smallest and largest logical block size, in bytes."""
 
 CHUNK: Final = 1 << 20
-"""Requests that have to be copied are, piece by piece."""
+"""Piece by piece means this."""
 
-TURN_REQUESTS: Final = 256
-"""How many requests one queue may have served before others of its loop get their turn."""
+BATCH: Final = 64
+"""Requests that are executed before the driver is shown the first of them."""
+
+TURN_SECONDS: Final = 1e-3
+"""After this long others of the loop get their turn, once a batch has ended."""
+
+MAX_INLINE: Final = 1 << 20
+"""A request for more is a task, done piece by piece: moving a gigabyte from within a turn would hold everybody up."""
 
 STALL_SECONDS: Final = 0.005
 """A turn with inline writes that takes longer was throttled by the kernel: writes then go by the engine for a while."""

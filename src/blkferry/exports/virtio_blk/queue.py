@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 from blkferry.errors import Error, ErrorKind
 from blkferry.exports.virtio_blk import requests, turn
-from blkferry.exports.virtio_blk.limits import TURN_REQUESTS
+from blkferry.exports.virtio_blk.limits import TURN_SECONDS
 from blkferry.plane.drain import InFlight
 from blkferry.wire.virtio.chain import Chain, Inflight, Ring, RingError
 from blkferry.wire.virtio.memory import GuestMemory
-from blkferry.wire.virtio_blk import Status
+from blkferry.wire.virtio_blk import Status, Type
 
 if TYPE_CHECKING:
     from blkferry.exports.virtio_blk.device import Device
@@ -65,6 +65,7 @@ class Queue:
         self.memory = memory
         self.inflight = inflight
         self.requests = 0
+        self.bytes_read = self.bytes_written = 0
         self.services = device.root.services
         self._kick_fd = kick_fd
         self._notify = notify
@@ -122,6 +123,8 @@ class Queue:
         if self._broken:
             return
         self._broken = True
+        if self.memory.lost:  # whatever that led to
+            why = "the driver's memory was cut off"
         log.warning("%s: queue %d stopped: %s", self.device.name, self.index, why)
         if self._running and self._kick_fd >= 0:
             self.services.loop.remove_reader(self._kick_fd)
@@ -159,13 +162,14 @@ class Queue:
             return
         services, ring = self.services, self.ring
         alone, services.last_served = services.last_served is self, self
-        budget = TURN_REQUESTS
+        until = time.monotonic() + TURN_SECONDS
         self._serving = True
         try:
-            while budget > 0:
+            while time.monotonic() < until:
                 count = turn.serve(self)
+                if self.memory.lost:
+                    raise RingError
                 if count:
-                    budget -= count
                     self.requests += count
                     self._publish()
                     if self.in_flight.count:
@@ -180,6 +184,9 @@ class Queue:
             services.loop.call_soon(self.kick)
         except RingError as error:
             self._fail(str(error))
+        except Exception:  # our own bug must stop this queue, and nothing else
+            log.exception("%s: queue %d", self.device.name, self.index)
+            self._fail("internal error")
         finally:
             self._serving = False
 
@@ -204,11 +211,18 @@ class Queue:
         if self._broken:
             return
         request.status[0] = status
+        if status == Status.OK:
+            if request.type == Type.IN:
+                self.bytes_read += request.length_in
+            elif request.type == Type.OUT:
+                self.bytes_written += request.length_out
         self._put(request.chain, request.written)
 
     def give_up(self, chain: Chain) -> None:
-        """Give back a chain that has no place for a status."""
-        self._put(chain, 0)
+        """Give back a chain that is no request, saying so if it has a place for a status."""
+        if chain.writable:
+            chain.writable[-1][-1] = Status.IOERR
+        self._put(chain, sum(map(len, chain.writable)))
 
     def _put(self, chain: Chain, written: int) -> None:
         self.ring.put(chain, written)
@@ -224,7 +238,7 @@ class Queue:
         if self._broken:
             return
         if self.memory.lost:
-            self._fail("the driver's memory was cut off")
+            self._fail("")
             return
         if self.inflight is not None and self.put_heads:
             self.inflight.end(self.put_heads)

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from blkferry.exports.virtio_blk import slow
-from blkferry.exports.virtio_blk.limits import MAX_REMAP_SECTORS
+from blkferry.exports.virtio_blk.limits import MAX_INLINE, MAX_REMAP_SECTORS
 from blkferry.exports.virtio_blk.request import Request, gather
 from blkferry.graph import access
 from blkferry.plane.storage import Storage
@@ -79,7 +79,7 @@ def _read(queue: Queue, request: Request) -> None:
     if not length:
         queue.finish(request, Status.OK)
         return
-    stretches = queue.device.places.stretches(offset, length)
+    stretches = queue.device.places.stretches(offset, length) if length <= MAX_INLINE else None
     if stretches is not None and len(stretches) <= MAX_ENGINE_PIECES:
         parts: list[tuple[Storage, int, list[memoryview], int]] = []
         for lane, delta, start, end in stretches:
@@ -156,9 +156,9 @@ def _write(queue: Queue, request: Request, *, inline: bool) -> None:
         queue.finish(request, Status.OK)
         return
     root = device.root
-    spot = device.places.in_place(offset, length)
+    spot = device.places.in_place(offset, length) if length <= MAX_INLINE else None
     if spot is None:
-        if inline and _put(queue, request, offset):
+        if inline and length <= MAX_INLINE and _put(queue, request, offset):
             return
         queue.spawn(request, slow.write(queue, request, offset))
         return

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Final
 from blkferry.exports.places import NOWHERE
 from blkferry.exports.virtio_blk import requests
 from blkferry.exports.virtio_blk.limits import (
+    BATCH,
     FILL_BELOW,
     MAX_COPY,
+    MAX_INLINE,
     STALL_PENALTY,
     STALL_SECONDS,
-    TURN_REQUESTS,
     WRITE_SECONDS,
     ZEROES,
 )
@@ -46,7 +47,7 @@ _IN_FLAGS, _OUT_FLAGS = NEXT | WRITE, NEXT
 
 
 def serve(queue: Queue) -> int:
-    """Execute what is available, `TURN_REQUESTS` at most; returns how many. Raises RingError."""
+    """Execute what is available, `BATCH` at most; returns how many. Raises RingError."""
     ring, places = queue.ring, queue.device.places
     started = places.turn = time.monotonic()
     whole = places.look()
@@ -68,7 +69,7 @@ def _any(queue: Queue, *, inline_writes: bool) -> int:
     """Rings of any kind, requests of any shape."""
     ring, inflight = queue.ring, queue.inflight
     count = 0
-    while count < TURN_REQUESTS:
+    while count < BATCH:
         chain = ring.take()
         if chain is None:
             break
@@ -91,7 +92,7 @@ def execute(queue: Queue, chain: Chain, *, inline_writes: bool) -> None:
 
 
 def _straight(queue: Queue, ring: SplitRing, *, inline_writes: bool) -> int:
-    heads = ring.take_heads(TURN_REQUESTS)
+    heads = ring.take_heads(BATCH)
     if not heads:
         return 0
     device, memory, inflight = queue.device, queue.memory, queue.inflight
@@ -184,7 +185,12 @@ def _straight(queue: Queue, ring: SplitRing, *, inline_writes: bool) -> int:
                 hot_end = map_end - delta if map_end else 0
                 if not inline_writes or (lane is not None and lane.storage.direct):
                     write_end = 0
-            if kind == _IN and data_flags == _IN_FLAGS and count and not (count & 511 or offset & unaligned):
+            if (
+                kind == _IN
+                and data_flags == _IN_FLAGS
+                and 0 < count <= MAX_INLINE
+                and not (count & 511 or offset & unaligned)
+            ):
                 start = data - data_base
                 if offset + count <= read_end:
                     place = offset + delta
@@ -208,6 +214,7 @@ def _straight(queue: Queue, ring: SplitRing, *, inline_writes: bool) -> int:
                     if done:
                         view[status - base] = 0
                         pack_used(used_ring, 4 + ((used & mask) << 3), head, count + 1)
+                        queue.bytes_read += count
                         used = used + 1 & 0xFFFF
                         if inflight is not None:
                             put.append(head)
@@ -216,6 +223,7 @@ def _straight(queue: Queue, ring: SplitRing, *, inline_writes: bool) -> int:
                     data_view[start : start + count] = ZEROES[:count]
                     view[status - base] = 0
                     pack_used(used_ring, 4 + ((used & mask) << 3), head, count + 1)
+                    queue.bytes_read += count
                     used = used + 1 & 0xFFFF
                     if inflight is not None:
                         put.append(head)
@@ -224,7 +232,7 @@ def _straight(queue: Queue, ring: SplitRing, *, inline_writes: bool) -> int:
                 kind == _OUT
                 and data_flags == _OUT_FLAGS
                 and offset + count <= write_end
-                and count
+                and 0 < count <= MAX_INLINE
                 and not (count & 511 or offset & unaligned)
             ):
                 if marked is not None:
@@ -241,6 +249,7 @@ def _straight(queue: Queue, ring: SplitRing, *, inline_writes: bool) -> int:
                 if done:
                     view[status - base] = 0
                     pack_used(used_ring, 4 + ((used & mask) << 3), head, 1)
+                    queue.bytes_written += count
                     used = used + 1 & 0xFFFF
                     if inflight is not None:
                         put.append(head)
