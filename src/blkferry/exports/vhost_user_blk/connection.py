@@ -118,8 +118,7 @@ class Connection:
     async def _end(self, before: asyncio.Task[None] | None) -> None:
         if before is not None:
             await asyncio.wait([before])
-        await self.session.halt()
-        self.session.close()
+        await self.session.end()
         self._gone.set()
         self._on_closed(self)
 
@@ -173,6 +172,7 @@ class Connection:
                 self._task = self._services.loop.create_task(self._execute(message))
 
     async def _execute(self, message: Message) -> None:
+        log.debug("%s: %s %s", self._name, message.request.name, message.payload)
         fds = list(message.fds)
         reply = None
         try:
@@ -205,6 +205,7 @@ class Connection:
     def _send(self, message: Message, reply: Reply) -> None:
         if self.closed:
             return
+        log.debug("%s: answered with %s", self._name, reply.payload)
         data = build_reply(message.request, reply.payload)
         try:
             sent = socket.send_fds(self._sock, [data], reply.fds, socket.MSG_NOSIGNAL)

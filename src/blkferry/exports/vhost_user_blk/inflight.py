@@ -4,7 +4,8 @@ The front end holds a buffer that we share with it. When this process dies in th
 the buffer back and does once more what had been taken and not given back. Nobody else reads it meanwhile: the order of
 stores matters to a process that dies, not to another processor.
 
-The layouts are the specification's, for a split ring and for a packed one. What comes from the front end is checked; at
+The layouts are the specification's, for a split ring and for a packed one. A record of a ring of another size is no
+record: it was never used, or the guest has chosen another size since. What comes from the front end is checked; at
 worst a request is done twice or never, which is the front end's own disk.
 """
 
@@ -37,9 +38,23 @@ ALIGNMENT: Final = 64
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
+OWNER_BYTES: Final = 8
+"""At the end of the buffer, ours alone: which process may have writes that are not flushed, or zeroes."""
+
+_OURSELVES: Final = os.urandom(OWNER_BYTES)
+
+LEAST_SIZE: Final = 1024
+"""Descriptors there is always room for: QEMU asks for its own queue-size, and lets a guest choose a larger ring."""
+
+
+def buffer_size(num_queues: int, queue_size: int) -> int:
+    """Bytes of the whole buffer."""
+    return num_queues * region_size(queue_size) + OWNER_BYTES
+
+
 def region_size(queue_size: int) -> int:
-    """Bytes for one ring of either kind."""
-    return align_up(PACKED.size + PACKED_ENTRY.size * queue_size, ALIGNMENT)
+    """Bytes for one ring of either kind, where rings of this size were spoken of."""
+    return align_up(PACKED.size + PACKED_ENTRY.size * max(queue_size, LEAST_SIZE), ALIGNMENT)
 
 
 class InflightBuffer:
@@ -47,11 +62,11 @@ class InflightBuffer:
 
     def __init__(self, described: Inflight, fd: int) -> None:
         """Take one that a front end gives back. Raises ProtocolError, and leaves the descriptor to the caller."""
-        needed = described.num_queues * region_size(described.queue_size)
+        needed = buffer_size(described.num_queues, described.queue_size)
         status = os.fstat(fd)
         if described.mmap_size < needed or status.st_size < described.mmap_offset + described.mmap_size:
             raise ProtocolError(f"the buffer for what is in flight has less than {needed} bytes")
-        if described.mmap_offset % mmap.ALLOCATIONGRANULARITY or not needed or not stat.S_ISREG(status.st_mode):
+        if described.mmap_offset % mmap.ALLOCATIONGRANULARITY or not stat.S_ISREG(status.st_mode):
             raise ProtocolError("the buffer for what is in flight is none of ours")
         try:
             if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
@@ -65,7 +80,7 @@ class InflightBuffer:
     @classmethod
     def make(cls, num_queues: int, queue_size: int) -> InflightBuffer:
         """A new one."""
-        size = num_queues * region_size(queue_size)
+        size = buffer_size(num_queues, queue_size)
         fd = os.memfd_create("blkferry-inflight", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, size)
@@ -77,10 +92,23 @@ class InflightBuffer:
 
     def region(self, vring: int, size: int) -> memoryview:
         """What belongs to one ring. Raises ProtocolError when it is not for one of this size."""
-        if vring >= self.described.num_queues or size > self.described.queue_size:
+        if vring >= self.described.num_queues or size > max(self.described.queue_size, LEAST_SIZE):
             raise ProtocolError(f"the buffer for what is in flight has no room for vring {vring} of {size}")
         length = region_size(self.described.queue_size)
         return self._view[vring * length : (vring + 1) * length]
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether another process had this and did not come to an orderly end: what it had not flushed may be lost."""
+        return bytes(self._view[-OWNER_BYTES:]) not in {bytes(OWNER_BYTES), _OURSELVES}
+
+    def claim(self) -> None:
+        """This process is going to write."""
+        self._view[-OWNER_BYTES:] = _OURSELVES
+
+    def release(self) -> None:
+        """All that was written is flushed."""
+        self._view[-OWNER_BYTES:] = bytes(OWNER_BYTES)
 
     def close(self) -> None:
         fd, self.fd = self.fd, -1
@@ -101,10 +129,9 @@ class SplitInflight:
         self._counters = entries.cast("Q")
         self._batch: Sequence[int] = ()
         _, version, count, head, before = SPLIT.unpack_from(region)
-        if not version:
+        if (version, count) != (VERSION, size):
+            region[:] = bytes(len(region))
             SPLIT.pack_into(region, 0, 0, VERSION, size, 0, used_index)
-        elif (version, count) != (VERSION, size):
-            raise ProtocolError(f"what is in flight is version {version} for {count} descriptors, not {size}")
         else:
             self._settle(head, (used_index - before) & 0xFFFF, size)
             self._header[7] = used_index
@@ -169,12 +196,10 @@ class PackedInflight:
         self._entry_of: dict[int, int] = {}
         self._batch: list[int] = []
         _, version, count, *_ = PACKED.unpack_from(region)
-        if not version:
+        if (version, count) != (VERSION, size):
             for index in range(size):
                 PACKED_ENTRY.pack_into(region, _entry(index), 0, index + 1, 0, 0, 0, 0, 0, 0, 0)
             PACKED.pack_into(region, 0, 0, VERSION, size, 0, 0, used[0], used[0], used[1], used[1])
-        elif (version, count) != (VERSION, size):
-            raise ProtocolError(f"what is in flight is version {version} for {count} descriptors, not {size}")
         self._recover(descriptors)
         left = [index for index in range(size) if self._bytes[_entry(index)]]
         left.sort(key=lambda index: self._counters[_entry(index) // 8 + 1])
@@ -196,13 +221,13 @@ class PackedInflight:
         self.used = (old_used, old_wrap)
         self._keep(old_free)
         self._settle(old_free)
-        index = old_free
-        for _ in range(size):
-            if index >= size:
-                return
+        index, left = old_free, size
+        while index < size:
+            if not left:
+                raise ProtocolError("what is in flight has a loop of free entries")
+            left -= 1
             self._bytes[_entry(index)] = 0
             index = words[_entry(index) // 2 + 1]
-        raise ProtocolError("what is in flight has a loop of free entries")
 
     def _keep(self, free: int) -> None:
         """The present state."""

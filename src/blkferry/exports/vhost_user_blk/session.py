@@ -83,8 +83,11 @@ class Session:
         """Do what a message says. Descriptors that it keeps are taken out of `fds`. Raises ProtocolError."""
         return await self._HANDLERS[message.request](self, message.payload, fds)
 
-    def close(self) -> None:
-        """Forget everything; no ring runs."""
+    async def end(self) -> None:
+        """Serve no ring, and forget everything when nothing is in flight and all that was written is durable."""
+        await self.halt()
+        if await self._flush() and self._inflight is not None:
+            self._inflight.release()
         for vring in self.vrings:
             vring.reset()
         self._memory.clear()
@@ -298,12 +301,14 @@ class Session:
         if not data[0]:
             await self._flush()
 
-    async def _flush(self) -> None:
-        """What was written before is as durable from now on as what will be."""
+    async def _flush(self) -> bool:
+        """Make what was written durable; whether that went well."""
         try:
             await self.device.root.flush()
         except OSError as error:
             self.device.complain(f"flush failed: {error.strerror}")
+            return False
+        return True
 
     async def _set_backend_req_fd(self, _payload: Payload, fds: list[int]) -> None:
         try:
@@ -344,13 +349,21 @@ class Session:
             raise ProtocolError("another buffer for what is in flight comes while rings run")
         if not 0 < described.num_queues <= len(self.vrings) or not 0 < described.queue_size <= MAX_SIZE:
             raise ProtocolError(f"the buffer for what is in flight is for {described.num_queues} vrings")
-        self._set_inflight(InflightBuffer(described, fds[0]))
+        buffer = InflightBuffer(described, fds[0])
         fds.pop()
+        unflushed = self.device.writable and self.device.writeback
+        if buffer.abandoned and unflushed and self.device.root.node.flush_target() is None:
+            # The page cache has survived, but not what a format keeps in memory between flushes.
+            log.warning("%s: what was not flushed before the crash may be lost: the next flush fails", self._name)
+            self.device.lost_writes = True
+        self._set_inflight(buffer)
 
     def _set_inflight(self, buffer: InflightBuffer | None) -> None:
         before, self._inflight = self._inflight, buffer
         for vring in self.vrings:
             vring.inflight = buffer
+        if buffer is not None:
+            buffer.claim()
         if before is not None:
             before.close()
 

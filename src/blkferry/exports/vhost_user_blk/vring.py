@@ -106,8 +106,8 @@ class Vring:
         if isinstance(state, PackedState):
             used = state.next_used | state.used_wrap * WRAP
             self.base = state.next_avail | state.avail_wrap * WRAP | used << 16
-        else:
-            self.base = state[0]
+        elif isinstance(state, SplitState):
+            self.base = state.next_avail
         self._finished_requests += queue.requests
         self.queue = None
 

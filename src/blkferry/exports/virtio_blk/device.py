@@ -67,6 +67,8 @@ class Device:
         if not writable:
             self.offered |= Blk.RO
         self.features = 0
+        self.lost_writes = False
+        """Whether writes may be lost that were done and not flushed, which the next flush has to tell."""
         self._writethrough = root.writethrough  # what the export was told, for as long as the driver says nothing
         self._quiet_until = 0.0
         self._unsaid = 0

@@ -95,7 +95,7 @@ class Queue:
             self._resubmit()
         self.kick()
 
-    async def stop(self) -> tuple[int, ...]:
+    async def stop(self) -> tuple[int | None, ...]:
         """Take nothing more; return the ring's state when nothing is in flight and all that was done is shown."""
         if self._running:
             self._running = False

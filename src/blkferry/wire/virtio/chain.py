@@ -105,7 +105,7 @@ class Ring(Protocol):
         """Ask not to be kicked, as we look for ourselves."""
 
     @property
-    def state(self) -> tuple[int, ...]: ...
+    def state(self) -> tuple[int | None, ...]: ...
 
 
 def add(chain: Chain, memory: GuestMemory, address: int, length: int, flags: int) -> None:
