@@ -9,7 +9,7 @@ So there is a handler for SIGBUS, a Python function behind a ctypes callback. Th
 are: it runs on the very instruction that looked at the memory, in the thread that did so, as if that instruction had
 called it. The instruction is one of a memoryview or of struct, or a copy, that works on memory it was given and holds
 no lock; what the interpreter has in hand there, it has in hand at any call. The handler puts an empty page where the
-peer's was, tells the mapping's owner by `lost`, and returns; the instruction is done again, and sees zeroes. Whoever
+peer's was, tells the mapping's owner (`lost`), and returns; the instruction is done again, and sees zeroes. Whoever
 acts on what he read asks first whether something was lost. What the kernel moves from and to other pages still gets
 EFAULT.
 
@@ -28,8 +28,7 @@ import mmap
 import signal
 import threading
 import weakref
-from collections.abc import Callable
-from typing import Final
+from typing import Final, Protocol
 
 from blkferry.plane.syscalls import address_of
 
@@ -60,7 +59,14 @@ _MAP_FAILED: Final = ctypes.c_void_p(-1).value
 _sigaction = _libc.sigaction
 _sigaction.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
 
-_mappings: dict[object, tuple[int, int, Callable[[], None]]] = {}
+
+class Owner(Protocol):
+    """Who wants to know that memory of his was gone when this process looked at it."""
+
+    lost: bool
+
+
+_mappings: dict[object, tuple[int, int, weakref.ref[Owner]]] = {}
 """Start, end and owner of each. Changed by single operations only: the handler may read it at any time."""
 
 _installing = threading.Lock()
@@ -68,17 +74,17 @@ _before = _SigAction()
 """What handled SIGBUS before us."""
 
 
-def guarded_map(fd: int, length: int, offset: int, on_lost: Callable[[], None], *, prot: int = _PROT) -> memoryview:
+def guarded_map(fd: int, length: int, offset: int, owner: Owner, *, prot: int = _PROT) -> memoryview:
     """Map `length` bytes of `fd` from `offset`, a multiple of the page size; they stay mapped as long as views of them.
 
-    `on_lost` is called when something was gone that this process looked at: in whatever thread, in the middle of
-    whatever that does. It may set a flag and no more. Raises OSError or ValueError as mmap does.
+    When something was gone that this process looked at, `owner.lost` is set, in whatever thread that was. Raises
+    OSError or ValueError as mmap does.
     """
     mapped = mmap.mmap(fd, length, flags=mmap.MAP_SHARED, prot=prot, offset=offset)
     view = memoryview(mapped)
     start = address_of(view)
     token = object()
-    _mappings[token] = start, start + length, on_lost
+    _mappings[token] = start, start + length, weakref.ref(owner)  # weak, for the owner will keep the view
     weakref.finalize(mapped, _mappings.pop, token, None).atexit = False
     _install()
     return view
@@ -97,14 +103,16 @@ def _install() -> None:
 
 def _on_sigbus(_signal: int, info: int, _context: int) -> None:
     address = ctypes.c_uint64.from_address(info + _ADDRESS_OFFSET).value
-    for start, end, on_lost in list(_mappings.values()):
+    for start, end, owner in list(_mappings.values()):
         if start <= address < end:
             page = address & -mmap.PAGESIZE
             put = _mmap(page, mmap.PAGESIZE, _PROT, _FIXED, -1, 0)
             if put == _MAP_FAILED:  # it is a part of a huge page
                 put = _mmap(start, end - start, _PROT, _FIXED, -1, 0)
             if put != _MAP_FAILED:
-                on_lost()
+                alive = owner()
+                if alive is not None:
+                    alive.lost = True
                 return
     _sigaction(
         signal.SIGBUS, ctypes.byref(_before), None

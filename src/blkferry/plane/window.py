@@ -50,13 +50,10 @@ class Window:
         """The file, to copy from; empty where it cannot be mapped once more."""
         if self._copies is None:
             try:
-                self._copies = guarded_map(self._fd, self.size, 0, self._cut_off, prot=mmap.PROT_READ)
+                self._copies = guarded_map(self._fd, self.size, 0, self, prot=mmap.PROT_READ)
             except (OSError, ValueError):
                 self._copies = memoryview(b"")
         return self._copies
-
-    def _cut_off(self) -> None:
-        self.lost = True
 
     def tick(self, now: float) -> int:
         """Say what time it is, in monotonic seconds; returns the mark of hot regions."""

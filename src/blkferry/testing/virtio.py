@@ -89,8 +89,12 @@ class SplitDriver:
         self.fence = Fence()
 
     def ring(self, guest: GuestMemory, state: split.SplitState | None = None) -> split.SplitRing:
-        """The device's side."""
-        areas = self.descriptors, self.memory.at(self.driver_address, split.driver_size(self.size)), self.used_bytes
+        """The device's side, as it sees the areas in `guest`."""
+        areas = (
+            guest.piece(self.descriptor_address, split.descriptor_size(self.size)),
+            guest.piece(self.driver_address, split.driver_size(self.size), write=True),
+            guest.piece(self.device_address, split.device_size(self.size), write=True),
+        )
         return split.SplitRing(
             self.size, *areas, guest, features=self.features, state=state, used_address=self.device_address
         )
@@ -182,9 +186,12 @@ class PackedDriver:
         self.fence = Fence()
 
     def ring(self, guest: GuestMemory, state: packed.PackedState | None = None) -> packed.PackedRing:
-        """The device's side."""
-        at = self.memory.at
-        areas = self.descriptors, at(self.driver_address, 4), at(self.device_address, 4)
+        """The device's side, as it sees the areas in `guest`."""
+        areas = (
+            guest.piece(self.descriptor_address, 16 * self.size, write=True),
+            guest.piece(self.driver_address, packed.EVENT_SIZE, write=True),
+            guest.piece(self.device_address, packed.EVENT_SIZE, write=True),
+        )
         return packed.PackedRing(
             self.size,
             *areas,

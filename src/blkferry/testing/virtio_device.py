@@ -11,11 +11,18 @@ from blkferry.exports.virtio_blk.device import Device
 from blkferry.exports.virtio_blk.queue import Queue
 from blkferry.graph.permissions import ALL, NONE, Permission
 from blkferry.graph.root import Root
+from blkferry.plane.guarded import guarded_map
 from blkferry.testing.daemon import DaemonThread
 from blkferry.testing.virtio import BlockDriver, DriverMemory, Sent, ring_driver
 from blkferry.wire.virtio.chain import Inflight
 from blkferry.wire.virtio.features import Feature
 from blkferry.wire.virtio.memory import GuestMemory, Region
+
+
+def whole(memory: DriverMemory, mapped: memoryview) -> list[Region]:
+    """All of the driver's memory in one region."""
+    return [Region(memory.start, memory.size, mapped)]
+
 
 FEATURES = int(Feature.VERSION_1 | Feature.INDIRECT_DESC | Feature.EVENT_IDX)
 
@@ -23,8 +30,8 @@ FEATURES = int(Feature.VERSION_1 | Feature.INDIRECT_DESC | Feature.EVENT_IDX)
 class VirtioDisk:
     """Node `node` of `daemon` as a device with one queue of `size`; the test is its driver. A context manager.
 
-    `features` are what the driver accepts, `options` go to the `Device`. `region` is what the device is told of the
-    driver's memory, all of it by default. `failures` is what the queue said when it stopped.
+    `features` are what the driver accepts, `options` go to the `Device`, which sees the driver's memory by a guarded
+    mapping of its own, as `regions` makes it of that. `failures` is what the queue said when it stopped.
     """
 
     def __init__(
@@ -36,7 +43,7 @@ class VirtioDisk:
         features: int = FEATURES,
         memory_size: int = 16 << 20,
         writable: bool = True,
-        region: Callable[[DriverMemory], Region] = DriverMemory.region,
+        regions: Callable[[DriverMemory, memoryview], list[Region]] = whole,
         inflight: Inflight | None = None,
         memory: DriverMemory | None = None,
         log: Callable[[int, int], None] | None = None,
@@ -49,7 +56,9 @@ class VirtioDisk:
         self.failures: list[str] = []
         self.kick_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.call_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.guest = GuestMemory([region(self.memory)], log=log)
+        self.guest = GuestMemory(log=log)
+        mapped = guarded_map(self.memory.fd, self.memory.size, 0, self.guest)
+        self.guest.replace(regions(self.memory, mapped))
         self.notifications = 0
         self._node, self._features, self._writable, self._inflight = node, features, writable, inflight
         self._options = options

@@ -93,6 +93,7 @@ class Queue:
         if not self._resubmitted:
             self._resubmitted = True
             self._resubmit()
+            self._notify()  # who had the ring before may have ended between showing something and telling of it
         self.kick()
 
     async def stop(self) -> tuple[int | None, ...]:
@@ -134,9 +135,10 @@ class Queue:
     def _resubmit(self) -> None:
         if self.inflight is None:
             return
+        inline_writes = not self.device.root.writethrough
         try:
             for head, descriptors in self.inflight.pending():
-                turn.execute(self, self.ring.again(head, descriptors), inline_writes=False)
+                turn.execute(self, self.ring.again(head, descriptors), inline_writes=inline_writes)
         except RingError as error:
             self._fail(str(error))
 

@@ -1,0 +1,217 @@
+"""What a driver asks is done, over every kind of node, with every kind of ring; and what it may not ask is refused."""
+
+import os
+import random
+import struct
+
+import pytest
+
+from blkferry.testing import nodes
+from blkferry.testing.daemon import DaemonThread
+from blkferry.testing.virtio_device import FEATURES, VirtioDisk
+from blkferry.wire.virtio.features import Feature
+from blkferry.wire.virtio_blk import Feature as Blk
+from blkferry.wire.virtio_blk import Type
+
+SIZE = 1 << 20
+OK, IOERR, UNSUPP = 0, 1, 2
+PACKED = FEATURES | int(Feature.RING_PACKED)
+ENGINES = ["auto", "threads"]
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def daemon(request):
+    with DaemonThread(engine=request.param) as running:
+        yield running
+
+
+@pytest.fixture
+def node(daemon, request, tmp_path):
+    """The name of a node of the kind that the test asks for."""
+    kind = getattr(request, "param", "buffered")
+    nodes.add(daemon, kind, tmp_path, SIZE, name="n")
+    yield "n"
+    for name in ("n", "n-file", "n-below"):
+        if name in daemon.daemon.graph.nodes:
+            daemon.execute("blockdev-del", node_name=name)
+
+
+def segment(sector, sectors, flags=0):
+    return struct.pack("<QII", sector, sectors, flags)
+
+
+@pytest.mark.parametrize("node", [*nodes.KINDS, *nodes.SHUFFLED], indirect=True)
+@pytest.mark.parametrize("features", [FEATURES, PACKED], ids=["split", "packed"])
+def test_histories_agree_with_a_model(daemon, node, features):
+    """Several requests at once, whose ranges do not overlap, in descriptors cut anywhere."""
+    rng = random.Random(5)
+    with VirtioDisk(daemon, node, features=features, size=512, memory_size=8 << 20) as disk:
+        model = bytearray(disk.device.size)
+        sectors = len(model) // 512
+        for turn in range(60):
+            disk.block.indirect = rng.random() < 0.5
+            disk.block.cut = rng.choice([512, 1000, 4096, 1 << 20])
+            wanted = {}
+            at = 0
+            while len(wanted) < rng.choice([1, 4]) and at < sectors - 200:
+                at += rng.randrange(100)
+                count = rng.choice([1, 8, 8, 8, 100])
+                start, end = at * 512, (at + count) * 512
+                match rng.choice([Type.IN, Type.IN, Type.OUT, Type.OUT, Type.WRITE_ZEROES, Type.FLUSH]):
+                    case Type.IN:
+                        wanted[disk.block.add(Type.IN, at, length=end - start)] = bytes(model[start:end])
+                    case Type.OUT:
+                        model[start:end] = rng.randbytes(end - start)
+                        wanted[disk.block.add(Type.OUT, at, bytes(model[start:end]))] = None
+                    case Type.WRITE_ZEROES:
+                        model[start:end] = bytes(end - start)
+                        wanted[disk.block.add(Type.WRITE_ZEROES, 0, segment(at, count, rng.randrange(2)))] = None
+                    case Type.FLUSH:
+                        wanted[disk.block.add(Type.FLUSH)] = None
+                at += count
+            disk.publish()
+            disk.wait(len(wanted))
+            for sent, data in wanted.items():
+                assert disk.block.status(sent) == OK, (turn, sent)
+                if data is not None:
+                    assert disk.block.data(sent) == data, (turn, sent)
+                    assert sent.written == len(data) + 1
+                else:
+                    assert sent.written == 1
+        disk.block.cut = 1 << 20
+        assert disk.run(Type.IN, length=len(model)) == (OK, bytes(model))
+        assert not disk.failures
+        assert not disk.guest.lost
+
+
+@pytest.mark.parametrize("features", [FEATURES, PACKED], ids=["split", "packed"])
+def test_what_is_refused(daemon, node, features):
+    with VirtioDisk(daemon, node, features=features, logical_block_size=4096) as disk:
+        last = SIZE // 512
+        assert disk.run(Type.IN, last - 8, length=4096)[0] == OK
+        assert disk.run(Type.IN, last - 8, length=512)[0] == OK, "as QEMU: only the start is in blocks"
+        for sector, length in [
+            (last, 512),
+            (last - 8, 4608),
+            (1, 4096),
+            (0, 100),
+            ((1 << 64) - 8, 4096),
+            (1 << 55, 4096),
+        ]:
+            assert disk.run(Type.IN, sector, length=length)[0] == IOERR, (sector, length)
+            assert disk.run(Type.OUT, sector, bytes(length))[0] == IOERR, (sector, length)
+        for kind in (2, 3, 10, 14, 0x7FFFFFFF):
+            assert disk.run(kind, 0, length=512)[0] == UNSUPP
+        assert disk.run(Type.IN | 1 << 31, 0, length=4096)[0] == OK, "the obsolete BARRIER bit"
+        for kind in (Type.DISCARD, Type.WRITE_ZEROES):
+            assert disk.run(kind, 0, segment(0, 8))[0] == OK
+            assert disk.run(kind, 0, segment(0, 0))[0] == OK
+            assert disk.run(kind, 0, segment(0, 8)[:15])[0] == IOERR
+            assert disk.run(kind, 0, segment(0, 8) * 2)[0] == UNSUPP
+            assert disk.run(kind, 0, segment(0, 8, 2))[0] == UNSUPP
+            for sector, count in [(0, 32776), (1, 8), (0, 1), (last, 8), ((1 << 64) - 8, 8), (1 << 55, 8)]:
+                assert disk.run(kind, 0, segment(sector, count))[0] == IOERR, (kind, sector, count)
+        assert disk.run(Type.DISCARD, 0, segment(0, 8, 1))[0] == UNSUPP
+        assert disk.run(Type.WRITE_ZEROES, 0, segment(0, 8, 1))[0] == OK
+        assert not disk.failures
+
+
+@pytest.mark.parametrize("serial", ["", "abc", "x" * 20, "y" * 40])
+@pytest.mark.parametrize("length", [1, 20, 64])
+def test_the_serial_is_cut_and_padded(daemon, node, serial, length):
+    with VirtioDisk(daemon, node, serial=serial) as disk:
+        status, data = disk.run(Type.GET_ID, length=length)
+        assert status == OK
+        assert data == serial.encode()[:20].ljust(20, b"\0")[:length].ljust(length, b"\0")
+
+
+def test_read_only_devices_say_so_and_refuse_changes(daemon, node):
+    with VirtioDisk(daemon, node, writable=False) as disk:
+        assert disk.device.offered & Blk.RO
+        assert disk.run(Type.OUT, 0, bytes(512))[0] == IOERR
+        assert disk.run(Type.DISCARD, 0, segment(0, 8))[0] == IOERR
+        assert disk.run(Type.WRITE_ZEROES, 0, segment(0, 8))[0] == IOERR
+        assert disk.run(Type.FLUSH)[0] == OK
+        assert disk.run(Type.IN, 0, length=512)[0] == OK
+
+
+@pytest.mark.parametrize("features", [FEATURES, PACKED], ids=["split", "packed"])
+def test_how_a_request_is_cut_into_descriptors_means_nothing(daemon, node, features):
+    """Section 2.7.4: header and status may share descriptors with the data, or lie in several."""
+    with VirtioDisk(daemon, node, features=features) as disk:
+        disk.run(Type.OUT, 0, bytes(range(256)) * 4)
+        memory = disk.memory
+        for cut_header in (16, 1, 7):
+            for cut_data in (512, 5, 513):
+                where = memory.allocate(1024)
+                memory.write(where, struct.pack("<IIQ", Type.IN, 0, 1))
+                buffers = [(where, cut_header, False)]
+                if cut_header < 16:
+                    buffers.append((where + cut_header, 16 - cut_header, False))
+                buffers.append((where + 16, cut_data, True))
+                if cut_data < 513:
+                    buffers.append((where + 16 + cut_data, 513 - cut_data, True))
+                head = disk.ring.add(buffers)
+                disk.publish()
+                while (used := disk.ring.take()) is None:
+                    pass
+                assert used == (head, 513)
+                assert memory.read(where + 16, 513) == bytes(range(256)) * 2 + b"\0"
+
+
+def test_a_request_without_header_or_status_fails_alone(daemon, node):
+    with VirtioDisk(daemon, node) as disk:
+        where = disk.memory.allocate(64)
+        for buffers in (
+            [(where, 16, False)],
+            [(where, 15, False), (where + 20, 1, True)],
+            [(where + 20, 1, True)],
+        ):
+            disk.memory.write(where + 20, b"\xff")
+            disk.ring.add(buffers)
+            disk.publish()
+            while (used := disk.ring.take()) is None:
+                pass
+            assert used[1] == sum(length for _, length, write in buffers if write)
+            if used[1]:
+                assert disk.memory.read(where + 20, 1) == b"\1"
+        assert disk.run(Type.IN, length=512)[0] == OK
+        assert not disk.failures
+
+
+def test_large_requests_are_done_piece_by_piece(daemon, tmp_path):
+    size = 8 << 20
+    nodes.add(daemon, "buffered", tmp_path, size, name="large")
+    data = random.Random(1).randbytes(size - 4096)
+    with VirtioDisk(daemon, "large", memory_size=32 << 20) as disk:
+        disk.block.cut = 3 << 20
+        assert disk.run(Type.OUT, 8, data)[0] == OK
+        assert disk.run(Type.IN, 0, length=size) == (OK, bytes(4096) + data)
+        assert (disk.queue.bytes_read, disk.queue.bytes_written) == (size, len(data))
+    daemon.execute("blockdev-del", node_name="large")
+
+
+def test_writes_are_durable_at_once_for_a_driver_that_cannot_flush(daemon, node, monkeypatch):
+    with VirtioDisk(daemon, node) as disk:
+        device = disk.device
+        assert device.writeback
+        assert device.config()[32] == 1
+        device.accept(device.features & ~int(Blk.FLUSH))
+        assert device.config()[32] == 0
+        storage = daemon.daemon.graph.find(node).storage
+        engine, flags = storage.engine, []
+        writev = engine.writev
+
+        def note(fd, pieces, offset, how, done):
+            flags.append(how)
+            writev(fd, pieces, offset, how, done)
+
+        monkeypatch.setattr(engine, "writev", note)
+        assert disk.run(Type.OUT, 0, bytes(4096))[0] == OK
+        assert flags == [os.RWF_DSYNC]
+        device.accept(device.features | int(Blk.FLUSH))
+        assert device.writeback
+        device.set_writeback(False)
+        assert device.config()[32] == 0
+        device.reset()
+        assert device.writeback
