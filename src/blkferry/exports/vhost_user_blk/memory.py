@@ -15,7 +15,7 @@ import itertools
 import mmap
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from blkferry.plane.guarded import guarded_map
@@ -31,10 +31,10 @@ _HUGETLBFS: Final = 0x958458F6
 class Mapping:
     """One region, mapped; it ends when nobody holds `view` or a part of it any more. Raises ProtocolError.
 
-    `on_lost` is called when some of it was cut off: see `plane.guarded.guarded_map`.
+    `owner` is told when some of it was cut off: see `plane.guarded`.
     """
 
-    def __init__(self, described: MemoryRegion, fd: int, on_lost: Callable[[], None]) -> None:
+    def __init__(self, described: MemoryRegion, fd: int, owner: GuestMemory) -> None:
         where = f"the memory region at {described.guest_start:#x}"
         status = os.fstat(fd)
         end = described.mmap_offset + described.length
@@ -49,7 +49,7 @@ class Mapping:
             if _sealed(fd):
                 view = memoryview(mmap.mmap(fd, length, offset=start))
             else:
-                view = guarded_map(fd, length, start, on_lost)
+                view = guarded_map(fd, length, start, owner)
         except (OSError, ValueError, OverflowError) as error:
             raise ProtocolError(f"{where} cannot be mapped: {error}") from error
         self.described = described
@@ -80,13 +80,13 @@ class MemoryTable:
 
     def replace(self, regions: Sequence[MemoryRegion], fds: Sequence[int]) -> None:
         """Have these regions and no others (SET_MEM_TABLE)."""
-        self._have([Mapping(region, fd, self._lost) for region, fd in zip(regions, fds, strict=True)])
+        self._have([Mapping(region, fd, self.guest) for region, fd in zip(regions, fds, strict=True)])
 
     def add(self, region: MemoryRegion, fd: int) -> None:
         """Have one more (ADD_MEM_REG)."""
         if len(self._mappings) >= MAX_MEM_SLOTS:
             raise ProtocolError(f"there are {MAX_MEM_SLOTS} memory regions already")
-        self._have([*self._mappings, Mapping(region, fd, self._lost)])
+        self._have([*self._mappings, Mapping(region, fd, self.guest)])
 
     def remove(self, region: MemoryRegion) -> None:
         """Give one up, which is the one with these addresses and this length (REM_MEM_REG)."""
@@ -94,9 +94,6 @@ class MemoryTable:
         if len(rest) == len(self._mappings):
             raise ProtocolError(f"there is no memory region at {region.guest_start:#x} of {region.length:#x} bytes")
         self._have(rest)
-
-    def _lost(self) -> None:
-        self.guest.lost = True
 
     def clear(self) -> None:
         """Have none."""

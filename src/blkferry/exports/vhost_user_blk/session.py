@@ -36,7 +36,7 @@ from blkferry.wire.virtio_blk import CONFIG_WRITEBACK
 
 log = logging.getLogger(__name__)
 
-OFFERED: Final = (
+OFFERED: Final = int(
     ProtocolFeature.MQ
     | ProtocolFeature.LOG_SHMFD
     | ProtocolFeature.REPLY_ACK

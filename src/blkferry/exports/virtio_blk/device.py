@@ -63,9 +63,11 @@ class Device:
         self.size = align_down(root.node.length, SECTOR)
         self.places = Places(root, writable=writable)
         self.places.size = self.size
-        self.offered = int(_ALWAYS | virtio.RING | Feature.VERSION_1) | also
+        self.offered = int(_ALWAYS | virtio.RING | Feature.VERSION_1) | int(
+            also
+        )  # no IntFlag: it inverts known bits only
         if not writable:
-            self.offered |= Blk.RO
+            self.offered |= int(Blk.RO)
         self.features = 0
         self.lost_writes = False
         """Whether writes may be lost that were done and not flushed, which the next flush has to tell."""

@@ -132,7 +132,7 @@ class VringAddr(NamedTuple):
     @classmethod
     def parse(cls, data: bytes) -> Self:
         found = cls(*ADDRESSES.unpack(data))
-        if found.flags & ~VringFlag.LOG:
+        if found.flags & ~int(VringFlag.LOG):
             raise ProtocolError(f"vring {found.vring} has flags {found.flags:#x}")
         return found
 
