@@ -14,9 +14,9 @@ acts on what he read asks first whether something was lost. What the kernel move
 EFAULT.
 
 The other way would be to look at shared memory by system calls only. It was measured: process_vm_readv on ourselves
-costs 1.0 us a call and more for each piece, so 1.5 to 2 us for every request that comes alone; two bytes may be torn,
-which a ring's index must not be; and payload would have to be copied before any driver may look at it. This costs
-nothing.
+costs 3 us a call and 1 us for each piece, pread of the peer's file 1 us, where a load costs 0.03 us: more than all else
+that is done for a request. Two bytes may be torn, which a ring's index must not be; and payload would have to be copied
+before any driver may look at it. This costs nothing, so sealed and unsealed memory are served alike.
 
 Any other SIGBUS is what it was before: whoever handled it then handles it again.
 """

@@ -72,6 +72,26 @@ def _kick(disk):
     return False
 
 
+@BOTH
+@pytest.mark.parametrize("split", [True, False], ids=["two descriptors", "one descriptor"])
+def test_half_a_header_writes_nothing(daemon, features, split):
+    """The type was read, and the sector is gone: the payload, which is there, must not go to sector 0."""
+    memory = DriverMemory(SIZE)
+    with VirtioDisk(daemon, "m", features=features, memory=memory) as disk:
+        assert disk.run(Type.OUT, 0, b"\x55" * 512) == (0, b"")
+        header, data = memory.start + SIZE // 2 - 8, memory.allocate(513)
+        memory.write(header, (1).to_bytes(8, "little") + (8).to_bytes(8, "little"))
+        memory.write(data, b"\xaa" * 512)
+        first = [(header, 8, False), (header + 8, 8, False)] if split else [(header, 16, False)]
+        disk.ring.add([*first, (data, 512, False), (data + 512, 1, True)])
+        os.ftruncate(memory.fd, SIZE // 2)
+        disk.publish()
+        eventually(lambda: disk.failures or _kick(disk))
+        assert disk.failures == ["the driver's memory was cut off"]
+    with VirtioDisk(daemon, "m") as again:
+        assert again.run(Type.IN, length=512) == (0, b"\x55" * 512)
+
+
 def test_sealed_memory_cannot_be_cut_off():
     memory = DriverMemory(SIZE)
     fcntl.fcntl(memory.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)

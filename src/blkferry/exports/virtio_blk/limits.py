@@ -16,13 +16,13 @@ BLOCK_SIZES: Final = (512, 2 << 20)
 CHUNK: Final = 1 << 20
 """Piece by piece means this."""
 
-BATCH: Final = 64
+BATCH: Final = 32
 """Requests that are executed before the driver is shown the first of them."""
 
 TURN_SECONDS: Final = 1e-3
 """After this long others of the loop get their turn, once a batch has ended."""
 
-MAX_INLINE: Final = 1 << 20
+MAX_INLINE: Final = 2 << 20
 """A request for more is a task, done piece by piece: moving a gigabyte from within a turn would hold everybody up."""
 
 STALL_SECONDS: Final = 0.005

@@ -30,6 +30,9 @@ _OK = int(Status.OK)
 
 def dispatch(queue: Queue, request: Request, *, inline_writes: bool) -> None:
     """Execute one request, or begin to."""
+    if queue.memory.lost:  # what it says may be zeroes that took the place of something else
+        queue.finish(request, Status.IOERR)
+        return
     match request.type:
         case Type.IN:
             _read(queue, request)

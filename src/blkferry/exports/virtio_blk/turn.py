@@ -190,6 +190,7 @@ def _straight(queue: Queue, ring: SplitRing, *, inline_writes: bool) -> int:
                 and data_flags == _IN_FLAGS
                 and 0 < count <= MAX_INLINE
                 and not (count & 511 or offset & unaligned)
+                and not memory.lost  # the sector may be zeroes that took its place
             ):
                 start = data - data_base
                 if offset + count <= read_end:
@@ -234,6 +235,7 @@ def _straight(queue: Queue, ring: SplitRing, *, inline_writes: bool) -> int:
                 and offset + count <= write_end
                 and 0 < count <= MAX_INLINE
                 and not (count & 511 or offset & unaligned)
+                and not memory.lost  # the sector may be zeroes that took its place
             ):
                 if marked is not None:
                     stretch = offset >> mark_bits

@@ -28,6 +28,10 @@ class DescFlag(enum.IntFlag):
 NEXT, WRITE, INDIRECT = int(DescFlag.NEXT), int(DescFlag.WRITE), int(DescFlag.INDIRECT)
 
 
+OUT_OF_ORDER: Final = "a descriptor to read after one to write"
+"""Section 2.7.4.2: what the device writes comes last."""
+
+
 class RingError(Exception):
     """The ring makes no sense; nothing that follows can be trusted, so the device stops."""
 
@@ -117,7 +121,7 @@ def add(chain: Chain, memory: GuestMemory, address: int, length: int, flags: int
             chain.writable.extend(memory.pieces(address, length, write=True))
             chain.spans.append((address, length))
         elif chain.writable:
-            raise RingError("a descriptor to read after one to write")
+            raise RingError(OUT_OF_ORDER)
         else:
             chain.readable.extend(memory.pieces(address, length))
     except MemoryFault as fault:

@@ -11,7 +11,18 @@ import struct
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from blkferry.wire.virtio.chain import INDIRECT, MAX_DESCRIPTORS, MAX_SIZE, NEXT, Chain, Descriptor, RingError, add
+from blkferry.wire.virtio.chain import (
+    INDIRECT,
+    MAX_DESCRIPTORS,
+    MAX_SIZE,
+    NEXT,
+    OUT_OF_ORDER,
+    WRITE,
+    Chain,
+    Descriptor,
+    RingError,
+    add,
+)
 from blkferry.wire.virtio.features import Feature
 from blkferry.wire.virtio.memory import GuestMemory, MemoryFault, host_address
 from blkferry.wire.virtio.order import Fence
@@ -148,23 +159,35 @@ class SplitRing:
         table, count, index = self.descriptors, self.size, head
         if head >= count:
             raise RingError(f"descriptor {head} of a table of {count}")
+        memory, unpack = self.memory, DESCRIPTOR.unpack_from
+        base, limit, view = memory.home
         chain = Chain(head, [], [], [])
-        left = MAX_DESCRIPTORS
-        while True:
-            address, length, flags, following = DESCRIPTOR.unpack_from(table, index * 16)
+        _, readable, writable, spans, _, _ = chain
+        for _ in range(MAX_DESCRIPTORS):
+            address, length, flags, following = unpack(table, index << 4)
             if flags & INDIRECT:
                 table, count = self._indirect_table(address, length, flags, nested=table is not self.descriptors)
-                following = 0
+                index = 0
+                continue
+            end = address + length
+            if not (base <= address < end <= limit):  # in another region than the last one, or nowhere
+                base, limit, view = memory.locate(address)
+            if base <= address < end <= limit:
+                if flags & WRITE:
+                    writable.append(view[address - base : end - base])
+                    spans.append((address, length))
+                elif writable:
+                    raise RingError(OUT_OF_ORDER)
+                else:
+                    readable.append(view[address - base : end - base])
             else:
-                add(chain, self.memory, address, length, flags)
-                if not flags & NEXT:
-                    return chain
-            left -= 1
-            if not left:
-                raise RingError(f"a chain of more than {MAX_DESCRIPTORS} descriptors, or a loop")
+                add(chain, memory, address, length, flags)
+            if not flags & NEXT:
+                return chain
             if following >= count:
                 raise RingError(f"descriptor {following} of a table of {count}")
             index = following
+        raise RingError(f"a chain of more than {MAX_DESCRIPTORS} descriptors, or a loop")
 
     def _indirect_table(self, address: int, length: int, flags: int, *, nested: bool) -> tuple[memoryview, int]:
         """A table elsewhere, and how many descriptors it has (section 2.7.5.3)."""
@@ -184,8 +207,9 @@ class SplitRing:
     # Giving back -----------------------------------------------------------------------------------------------
 
     def put(self, chain: Chain, written: int) -> None:
-        for address, length in chain.spans:
-            self.memory.wrote(address, length)
+        if self.memory.log is not None:
+            for address, length in chain.spans:
+                self.memory.log(address, length)
         self.put_head(chain.head, written)
 
     def put_head(self, head: int, written: int) -> None:
