@@ -21,7 +21,7 @@ from typing import Final
 
 from blkferry.units import align_up
 from blkferry.wire.vhost_user.messages import Inflight, ProtocolError
-from blkferry.wire.virtio.chain import Chain, DescFlag, Descriptor
+from blkferry.wire.virtio.chain import Chain, DescFlag, Descriptor, RingError
 
 VERSION: Final = 1
 
@@ -159,6 +159,8 @@ class SplitInflight:
         del chains
         flags, counters, counter = self._flags, self._counters, self._counter
         for head in heads:
+            if head >= len(flags) >> 4:
+                raise RingError(f"descriptor {head} of a table of {len(flags) >> 4}")
             counters[2 * head + 1] = counter
             counter = (counter + 1) & 0xFFFFFFFFFFFFFFFF
             flags[head * 16] = 1
@@ -206,6 +208,8 @@ class PackedInflight:
         self._counter = self._counters[_entry(left[-1]) // 8 + 1] + 1 if left else 0
         self._pending = [self._descriptors(index) for index in left]
         self._entry_of = {found[-1][2]: index for index, found in zip(left, self._pending, strict=True)}
+        if len(self._entry_of) < len(left):
+            raise ProtocolError("what is in flight has a buffer id twice")
 
     def _recover(self, descriptors: memoryview) -> None:
         """Roll back what the last batch had not come to, or finish it if the driver has seen it."""
@@ -268,6 +272,8 @@ class PackedInflight:
     def begin(self, heads: Sequence[int], chains: Sequence[Chain] = ()) -> None:
         words = self._words
         for head, chain in zip(heads, chains, strict=True):
+            if head in self._entry_of:
+                raise RingError(f"buffer id {head} is in flight twice")
             first = index = last = words[6]
             self._counters[_entry(first) // 8 + 1] = self._counter
             self._counter += 1
