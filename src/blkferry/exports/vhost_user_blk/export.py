@@ -40,6 +40,7 @@ class VhostUserBlkExport(Export):
     options_type: ClassVar[type[BlockExportOptions]] = BlockExportOptionsVhostUserBlk
     options: BlockExportOptionsVhostUserBlk
 
+    _made = False  # the device, before which the node has nothing to tell
     _listener: Listener | None = None
     _connection: Connection | None = None
     _accepting = False
@@ -60,6 +61,7 @@ class VhostUserBlkExport(Export):
             queues=options.num_queues,
             also=Feature.SIZE_MAX | Feature.CONFIG_WCE | Feature.MQ,
         )
+        self._made = True
         if not isinstance(options.addr, SocketAddressUnix | SocketAddressFd):
             raise Error(
                 ErrorKind.UNSUPPORTED,
@@ -170,6 +172,8 @@ class VhostUserBlkExport(Export):
     # On the loop of the node -----------------------------------------------------------------------------------------
 
     def retired(self, start: int, end: int | None) -> None:
+        if not self._made:
+            return
         self.device.retired(start, end)
         if self.device.resized() and self._connection is not None:
             self._connection.session.config_changed()
