@@ -20,15 +20,22 @@ PROGRAM = (
 
 
 class Server:
-    """A daemon with these options and its NBD server on `port` of 127.0.0.1; use it as a context manager."""
+    """A daemon with these options and its NBD server on `port` of 127.0.0.1; use it as a context manager.
 
-    def __init__(self, directory: Path, *options: str) -> None:
+    With `tls`, a directory of certificates, it insists on them.
+    """
+
+    def __init__(self, directory: Path, *options: str, tls: Path | None = None) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         self._log = directory / "server.log"
         self._pid_file = directory / "server.pid"
         address = f"addr.type=inet,addr.host=127.0.0.1,addr.port={self.port}"
-        options = ("--nbd-server", address, *options, "--pidfile", str(self._pid_file))
+        credentials: tuple[str, ...] = ()
+        if tls is not None:
+            credentials = ("--object", f"tls-creds-x509,id=tls,endpoint=server,dir={tls}")
+            address += ",tls-creds=tls"
+        options = (*credentials, "--nbd-server", address, *options, "--pidfile", str(self._pid_file))
         self._argv = ["setpriv", "--pdeathsig", "KILL", sys.executable, "-c", PROGRAM, *options]
         self._process: subprocess.Popen[bytes]
 

@@ -1,4 +1,4 @@
-"""PAM decides, by rules that it finds in a directory of the test's own."""
+"""PAM decides, by rules and accounts of the test's own in the place of the machine's."""
 
 from __future__ import annotations
 
@@ -33,9 +33,14 @@ def ask(tmp_path):
     services = tmp_path / "pam.d"
     services.mkdir()
 
-    def ask(rules, *identities, service="blkferry"):
+    def ask(rules, *identities, service="blkferry", **files):
         (services / "blkferry").write_text(textwrap.dedent(rules))
-        inside = f'mount -n --bind {shlex.quote(str(services))} /etc/pam.d && exec "$@"'
+        instead = {"pam.d": services}
+        for name, content in files.items():
+            instead[name] = tmp_path / name
+            instead[name].write_text(content)
+        mounts = [f"mount -n --bind {shlex.quote(str(ours))} /etc/{name}" for name, ours in instead.items()]
+        inside = " && ".join([*mounts, 'exec "$@"'])
         command = ["unshare", "--mount", "--propagation", "slave", "--", "sh", "-c", inside, "sh"]
         done = subprocess.run(
             [*command, sys.executable, "-c", ASK, service, *identities],
@@ -66,3 +71,12 @@ def test_only_account_rules_count(ask):
 def test_without_rules_nobody_is_allowed(ask):
     assert ask("", "bob") == "[]"
     assert ask("account required pam_permit.so\n", "bob", service="another") == "[]"
+
+
+def test_accounts_of_the_machine_may_be_what_decides(ask):
+    """As a service has it that leaves that to pam_unix: who has an account that has not expired."""
+    passwd = "root:x:0:0::/:/bin/sh\nCN=backup:x:4000:4000::/:/bin/false\nCN=late:x:4001:4001::/:/bin/false\n"
+    shadow = "root:*:19000:0:99999:7:::\nCN=backup:*:19000:0:99999:7:::\nCN=late:*:19000:0:99999:7::19001:\n"
+    identities = ["CN=backup", "CN=late", "CN=nobody", "root"]
+    allowed = ask("account required pam_unix.so\n", *identities, passwd=passwd, shadow=shadow)
+    assert allowed == "['CN=backup', 'root']"

@@ -200,6 +200,31 @@ def test_the_bytes_of_a_container_when_asked_for(sockets):
         assert server.end()[0] == 0
 
 
+@requires("qemu-io")
+def test_one_disk_at_several_addresses(image, sockets):
+    addresses = ["-s", sockets / "one", "-s", sockets / "two", "--host", "127.0.0.1", "--host", "127.0.0.2"]
+    with serve("-w", "--json", *addresses, "--port", "0", image(MIB).path) as server:
+        (export,) = json.loads(server.line())["exports"]
+        unix, tcp = export["uris"][:2], export["uris"][2:]
+        assert unix == [f"nbd+unix:///disk.raw?socket={sockets}/{name}" for name in ("one", "two")]
+        assert [uri.rpartition(":")[0] for uri in tcp] == ["nbd://127.0.0.1", "nbd://127.0.0.2"]
+        for number, uri in enumerate(export["uris"]):
+            run("qemu-io", "-f", "raw", "-c", f"write -P {number + 1} {number}k 1k", uri)
+        for uri in export["uris"]:
+            reads = [part for number in range(4) for part in ("-c", f"read -P {number + 1} {number}k 1k")]
+            assert "failed" not in run("qemu-io", "-f", "raw", "-r", *reads, uri).stdout
+        assert server.end() == (0, "", "")
+    assert os.listdir(sockets) == []
+
+
+def test_one_address_that_is_taken_leaves_none_behind(image, sockets):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        said = finish("blkferry", "serve", "-s", sockets / "nbd", "--port", port, image().path)
+    assert said.stderr.startswith(f"blkferry: Port {port} of 127.0.0.1 is taken\n")
+    assert os.listdir(sockets) == []
+
+
 def test_a_taken_port_names_the_remedy(image):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from image_command import KIB, MIB, clean, content, ours, ours_json, qemu_io, sc
 
 import peers
 
-pytestmark = peers.requires("qemu-img", "qemu-io")
+pytestmark = peers.requires("qemu-img", "qemu-io", "qemu-nbd", "nbdinfo")
 
 
 @pytest.fixture(autouse=True)
@@ -265,3 +266,94 @@ def test_progress_and_json():
     }
     assert ours("convert", "-r", "100M", "-t", "none", "a", "d").stdout == ""
     assert Path("d").read_bytes() == Path("a").read_bytes()
+
+
+# Bitmaps ---------------------------------------------------------------------------------------------------------
+
+
+def bitmaps_of(image: str) -> dict[str, tuple[tuple[str, ...], int]]:
+    found = theirs_json("info", image)["format-specific"]["data"].get("bitmaps", [])
+    return {each["name"]: (tuple(each["flags"]), each["granularity"]) for each in found}
+
+
+def marked(image: str, bitmap: str) -> list[tuple[int, int, bool]]:
+    """What QEMU's own server says of a bitmap, as (start, length, dirty)."""
+    argv = [*peers.peer("qemu-nbd"), "-r", "-f", "qcow2", "-B", bitmap, image]
+    run = ["nbdinfo", "--json", f"--map=qemu:dirty-bitmap:{bitmap}", "--", "[", *argv, "]"]
+    said = json.loads(peers.run(*run).stdout)
+    return [(each["offset"], each["length"], bool(each["type"])) for each in said]
+
+
+@pytest.fixture
+def watched():
+    """ "top": over "base", with an enabled and a disabled bitmap of its own, and one that is the base's."""
+    theirs("create", "-q", "-f", "qcow2", "base", "8M")
+    theirs("bitmap", "--add", "base", "below")
+    theirs("create", "-q", "-f", "qcow2", "-b", "base", "-F", "qcow2", "top")
+    theirs("bitmap", "--add", "-g", "128k", "top", "on")
+    theirs("bitmap", "--add", "top", "off")
+    qemu_io("top", "write -P 1 1M 64k")
+    theirs("bitmap", "--disable", "top", "off")
+    qemu_io("top", "write -P 2 3M 1M")
+
+
+@pytest.mark.parametrize("options", [(), ("-c",), ("-o", "cluster_size=4k"), ("-B", "base", "-F", "qcow2")])
+def test_bitmaps_are_copied_as_qemu_copies_them(watched, options):
+    for who, convert in (("mine", ours), ("their", theirs)):
+        convert("convert", "--bitmaps", "-f", "qcow2", "-O", "qcow2", *options, "top", who)
+    clean("mine")
+    assert theirs("compare", "mine", "top").stdout == "Images are identical.\n"
+    assert bitmaps_of("mine") == bitmaps_of("their") == {"on": (("auto",), 128 * KIB), "off": ((), 64 * KIB)}
+    for name in ("on", "off"):
+        assert marked("mine", name) == marked("their", name) == marked("top", name)
+    for source in ("mine", "their"):  # each reads what the other wrote
+        ours("convert", "--bitmaps", "-O", "qcow2", source, "ours-again")
+        theirs("convert", "--bitmaps", "-O", "qcow2", source, "theirs-again")
+        assert marked("ours-again", "on") == marked("theirs-again", "on") == marked("top", "on")
+
+
+def test_bitmaps_of_a_crashed_writer_are_refused_or_skipped(watched, caplog):
+    peers.run("qemu-io", "-f", "qcow2", "-c", "write 0 64k", "-c", "abort", "top", expect=None)
+    theirs("bitmap", "--add", "top", "sound")
+    for convert in (ours, theirs):
+        refused = convert("convert", "--bitmaps", "-O", "qcow2", "top", "copy", expect=1)
+        assert "Cannot copy inconsistent bitmap 'o" in refused.stderr
+        assert "--skip-broken-bitmaps" in refused.stderr
+        assert not os.path.exists("copy")
+    ours("convert", "--bitmaps", "--skip-broken-bitmaps", "-O", "qcow2", "top", "copy")
+    assert "Skipping inconsistent bitmap 'on'" in caplog.messages
+    assert bitmaps_of("copy") == {"sound": (("auto",), 64 * KIB)}
+
+
+def test_bitmaps_that_the_target_has_already(watched):
+    theirs("create", "-q", "-f", "qcow2", "copy", "8M")
+    theirs("bitmap", "--add", "-g", "64k", "copy", "off")
+    before = bitmaps_of("copy")
+    for convert in (theirs, ours):
+        said = convert("convert", "--bitmaps", "-n", "-O", "qcow2", "top", "copy", expect=1).stderr
+        assert "Failed to create bitmap off: Bitmap already exists: off" in said
+    theirs("create", "-q", "-f", "qcow2", "copy", "8M")
+    theirs("bitmap", "--add", "-g", "64k", "copy", "off")
+    assert "already exists" in ours("convert", "--bitmaps", "-n", "-O", "qcow2", "top", "copy", expect=1).stderr
+    assert bitmaps_of("copy") == before  # qemu-img has copied the disk and "on" by then
+    theirs("create", "-q", "-f", "qcow2", "longer", "16M")
+    for convert in (theirs, ours):
+        said = convert("convert", "--bitmaps", "-n", "-O", "qcow2", "top", "longer", expect=1).stderr
+        assert "Failed to populate bitmap o" in said
+        assert "different sizes (destination size is 16777216, source size is 8388608) and can't be merged" in said
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["--bitmaps", "-O", "raw", "top"], "Format driver 'raw' does not support bitmaps"),
+        (["--bitmaps", "-O", "qcow2", "-o", "compat=0.10", "top"], "Format driver 'qcow2' does not support bitmaps"),
+        (["--bitmaps", "-O", "qcow2", "-f", "raw", "base"], "Source lacks bitmap support"),
+        (["--skip-broken-bitmaps", "-O", "qcow2", "top"], "Use of --skip-broken-bitmaps requires --bitmaps"),
+        (["--bitmaps", "-O", "qcow2", "base", "top"], "Copying bitmaps only possible with single source"),
+    ],
+)
+def test_bitmaps_where_there_can_be_none(watched, argv, text):
+    assert text in theirs("convert", *argv, "their", expect=1).stderr
+    assert text in ours("convert", *argv, "mine", expect=1).stderr
+    assert not os.path.exists("mine")

@@ -38,7 +38,9 @@ def serving(kind, image, what):
     here = image.parent
     socket = here / "s"
     if kind == "qemu-nbd":
-        where = f"tls-creds-psk,dir={here}" if what == "psk" else f"tls-creds-x509,dir={here}/pki"
+        where = {"anon": "tls-creds-anon", "psk": f"tls-creds-psk,dir={here}"}.get(
+            what, f"tls-creds-x509,dir={here}/pki"
+        )
         argv = ["--object", f"{where},id=t,endpoint=server", "--tls-creds=t", "--persistent", "--shared=8"]
         argv += ["-f", "raw", "-x", "disk", "-k", str(socket), str(image)]
     else:
@@ -100,6 +102,21 @@ def test_over_tcp_the_host_is_the_name(image):
         assert "TLS" in ours("info", f"nbd://localhost:{address['port']}/disk", expect=1).stderr
 
 
+def test_nobody_is_asked_who_they_are(image):
+    with serving("qemu-nbd", image, "anon") as socket:
+        uri = f"nbds+unix:///disk?socket={socket}"
+        assert ours_json("info", f"{uri}&tls-type=anon")["virtual-size"] == len(CONTENT)
+        assert "TLS" in ours("info", f"{uri}&tls-certificates=pki&tls-hostname=localhost", expect=1).stderr
+
+
+def test_a_server_is_trusted_without_a_look(image):
+    """By those who say so: its certificate is for another name."""
+    with serving("qemu-nbd", image, "x509") as socket:
+        uri = f"nbds+unix:///disk?socket={socket}&tls-hostname=elsewhere&tls-certificates=pki"
+        assert "Certificate does not match" in ours("info", uri, expect=1).stderr
+        assert ours_json("info", f"{uri}&tls-verify-peer=0")["virtual-size"] == len(CONTENT)
+
+
 def test_an_image_that_names_one_is_refused_with_all_that_it_takes(image):
     with serving("nbdkit", image, "psk") as socket:
         uri = f"nbds+unix://alice@/disk?socket={socket}&tls-psk-file=keys.psk"
@@ -118,7 +135,8 @@ def test_an_image_that_names_one_is_refused_with_all_that_it_takes(image):
         ("", "TLS needs credentials"),
         ("?tls-psk-file=/x/psk", "the file of keys has to be called keys.psk"),
         ("?tls-certificates=/nowhere", "/nowhere"),
-        ("?tls-verify-peer=0", "there is no parameter 'tls-verify-peer'"),
+        ("?tls-type=psk", "TLS needs credentials"),
+        ("?tls-priority=NORMAL", "there is no parameter 'tls-priority'"),
     ],
 )
 def test_what_is_missing(parameters, text):

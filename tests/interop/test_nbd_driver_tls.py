@@ -156,8 +156,20 @@ def test_a_client_that_shows_no_certificate(kind, certificates, image, tmp_path)
         if kind == "nbdkit":  # asks nobody for certificates, unless told so
             add(daemon, server, directory=certificates / "trusting")
         else:
-            with pytest.raises(Error, match="Failed to read initial magic or option reply"):
+            with pytest.raises(Error, match="Failed to read initial magic or option reply") as refused:
                 add(daemon, server, directory=certificates / "trusting")
+            if kind == "blkferry":  # qemu-nbd sends no alert
+                assert "client-cert.pem" in refused.value.hint
+
+
+def test_a_server_that_wants_other_credentials(certificates, image, tmp_path):
+    with (
+        serving("blkferry", tmp_path / "s", image, "tls-creds-psk", certificates / "keys") as server,
+        DaemonThread() as daemon,
+        pytest.raises(Error, match="TLS handshake failed") as refused,
+    ):
+        add(daemon, server, directory=certificates / "trusting", **{"tls-hostname": "localhost"})
+    assert "credentials of another kind" in refused.value.hint
 
 
 @SERVERS

@@ -1,5 +1,6 @@
 """TLS as others speak it: libnbd and qemu-img with certificates, with keys and with nothing, right and wrong."""
 
+import contextlib
 import hashlib
 import os
 import socket
@@ -205,7 +206,7 @@ def test_an_authz_object_is_looked_up_when_it_is_needed(daemon, certificates, ca
 def test_the_names_are_those_that_qemu_compares(daemon, certificates, tmp_path):
     """QSD lets in whom we let in, by the same rule."""
     port = serve(daemon, "x509", certificates / "server")
-    with held(port, certificates / "client"):
+    with held(uri(port, certificates / "client")):
         (who,) = daemon.execute("query-block-exports")[0]["clients"]
     name = who["identity"].replace(",", ",,")
     options = (
@@ -240,13 +241,13 @@ class running:  # noqa: N801 - used like a function
 class held:  # noqa: N801 - used like a function
     """A libnbd client that stays connected."""
 
-    def __init__(self, port, client):
+    def __init__(self, where):
         script = (
             "import nbd, sys; h = nbd.NBD(); h.set_uri_allow_local_file(True); h.connect_uri(sys.argv[1]); "
             "h.pread(4096, 0); print('up', flush=True); sys.stdin.read(); h.pread(4096, 0); print('still')"
         )
         self.process = subprocess.Popen(
-            [*peers.libnbd_python(), "-c", script, uri(port, client)], stdin=-1, stdout=-1, stderr=-1, text=True
+            [*peers.libnbd_python(), "-c", script, where], stdin=-1, stdout=-1, stderr=-1, text=True
         )
 
     def __enter__(self):
@@ -273,6 +274,22 @@ def test_shared_keys(daemon, certificates):
     )
 
 
+@pytest.mark.parametrize("priority", ["NORMAL", "NORMAL:-VERS-TLS1.3"])
+def test_the_identity_of_a_client_is_the_user_of_its_key(daemon, certificates, tmp_path, caplog, priority):
+    caplog.set_level("INFO")
+    keys, users = tmp_path / "keys.psk", ["alice", "bob", "carol"]
+    keys.write_text("".join(f"{user}:{number:064x}\n" for number, user in enumerate(users)))
+    port = serve(daemon, "psk", tmp_path, priority=priority)
+    with contextlib.ExitStack() as stack:
+        clients = [held(f"nbds://{user}@localhost:{port}/x?tls-psk-file={keys}") for user in users]  # all at once
+        for client in clients:
+            stack.enter_context(client)
+        seen = daemon.execute("query-block-exports")[0]["clients"]
+        assert sorted(client["identity"] for client in seen) == users
+    for user in users:
+        assert logged(caplog, f"export 'x': connected as '{user}'")
+
+
 def test_anonymous(daemon, certificates, tmp_path):
     (tmp_path / "empty").mkdir()
     port = serve(daemon, "anon", tmp_path / "empty")
@@ -289,7 +306,8 @@ def test_authorization_needs_names(daemon, certificates, kind):
 # -- no TLS where there should be some, and the other way around ---------------------------------------------
 
 
-def test_nothing_is_to_be_had_without_tls(daemon, certificates):
+def test_nothing_is_to_be_had_without_tls(daemon, certificates, caplog):
+    caplog.set_level("INFO")
     port = serve(daemon, "x509", certificates / "server")
     said = peers.run("nbdinfo", f"nbd://localhost:{port}/x", expect=1).stderr
     assert "TLS" in said
@@ -298,6 +316,9 @@ def test_nothing_is_to_be_had_without_tls(daemon, certificates):
         client.greet()
         (reply,) = client.option(Opt.LIST)
         assert reply.kind == RepError.TLS_REQD
+    peers.run("nbdinfo", uri(port, certificates / "client").replace("/x?", "/y?"), expect=1)
+    for told in ("Option 0x3 not permitted before TLS", "export 'y' not present"):
+        assert logged(caplog, f"it was refused: {told}"), caplog.text
 
 
 def test_a_server_without_tls_says_so(daemon, certificates):
@@ -313,7 +334,7 @@ def test_a_server_without_tls_says_so(daemon, certificates):
 
 def test_credentials_are_replaced_while_we_serve(daemon, certificates):
     port = serve(daemon, "x509", certificates / "server")
-    with held(port, certificates / "client"):
+    with held(uri(port, certificates / "client")):
         daemon.execute("object-del", id="t")
         nbdinfo(port, certificates / "client")  # those that were there stay in use until there are others
         daemon.execute(

@@ -192,3 +192,16 @@ def test_overlays_and_bitmaps_of_two_disks_begin_at_one_moment(daemon, directory
         assert changed <= {number for number in range(16) if marked >> number & 1}
         assert nodes[base].read_only
     assert numbers[0] - numbers[1] in (0, 1)
+
+
+def test_a_file_is_overwritten_only_when_its_turn_has_come(daemon, directory):
+    """As with QEMU: what an overlay is made over is as it was if an action before is refused."""
+    precious = directory / "precious"
+    precious.write_bytes(b"somebody's only copy" * 100)
+    with pytest.raises(Error, match="nobody"):
+        daemon.execute("transaction", actions=[bitmap("nobody"), sync("a", precious, "made")])
+    assert precious.read_bytes() == b"somebody's only copy" * 100
+    daemon.execute("transaction", actions=[sync("a", precious, "first"), sync("first", directory / "made", "second")])
+    nodes = daemon.daemon.graph.nodes
+    assert nodes["second"].children["backing"].node is nodes["first"]
+    assert nodes["first"].children["backing"].node is nodes["a"]

@@ -46,7 +46,7 @@ async def _export(daemon: Daemon, options: BlockExportOptions) -> None:
 
 
 async def _nbd_server(daemon: Daemon, options: NbdServerOptions) -> None:
-    await daemon.nbd_servers.start(options.addr, options)
+    await daemon.nbd_servers.start([options.addr], options)
 
 
 async def _object(daemon: Daemon, options: ObjectOptions) -> None:

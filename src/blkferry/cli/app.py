@@ -66,17 +66,27 @@ app.add_command(image)
     metavar="NAME",
     help="What clients ask for, once per image.  [default: the image's file name]",
 )
-@click.option("-s", "--socket", metavar="PATH", help="Listen on a unix socket instead of a TCP port.")
-@click.option("--host", metavar="HOST", help="Listen on this address; '' is all of them.  [default: 127.0.0.1]")
+@click.option("-s", "--socket", "sockets", multiple=True, metavar="PATH", help="Listen on a unix socket.")
+@click.option(
+    "--host",
+    "hosts",
+    multiple=True,
+    metavar="HOST",
+    help="Listen on this address; '' is all of them.  [default: 127.0.0.1]",
+)
 @click.option(
     "-p",
     "--port",
+    "ports",
+    multiple=True,
     type=click.IntRange(0, MAX_PORT),
     metavar="PORT",
     help="Listen on this TCP port; 0 is any free one.  [default: 10809]",
 )
 @click.option(
     "--fd",
+    "fds",
+    multiple=True,
     metavar="NAME",
     help="Listen on a socket that is there already: its number, or its name in systemd.  [default: systemd's only one]",
 )
@@ -136,10 +146,10 @@ app.add_command(image)
 def serve(
     images: tuple[str, ...],
     names: tuple[str, ...],
-    socket: str | None,
-    host: str | None,
-    port: int | None,
-    fd: str | None,
+    sockets: tuple[str, ...],
+    hosts: tuple[str, ...],
+    ports: tuple[int, ...],
+    fds: tuple[str, ...],
     *,
     writable: bool,
     image_format: str | None,
@@ -160,7 +170,8 @@ def serve(
     """Offer images over NBD, and say how clients reach them.
 
     IMAGE is a raw or qcow2 image, with its backing files, a block device, or memory:SIZE for an empty disk that is gone
-    at the end (and always writable).
+    at the end (and always writable). With several of --socket, --host, --port and --fd it is offered at all of these
+    addresses, on each host at each port.
 
     \b
     blkferry serve disk.img
@@ -168,13 +179,10 @@ def serve(
     blkferry serve -w vm.qcow2
     blkferry serve --port 0 --json a.img b.img
     blkferry serve -w --direct /dev/sdb
+    blkferry serve --socket /run/vm.sock --host 192.0.2.7 vm.qcow2
     blkferry serve --name scratch memory:10G
     blkferry serve --host '' --tls /etc/blkferry vm.qcow2
     """  # noqa: D301
-    if socket is not None and (host is not None or port is not None):
-        raise click.UsageError("--socket is instead of --host and --port; give either.")
-    if fd is not None and (socket, host, port) != (None, None, None):
-        raise click.UsageError("--fd is instead of --socket, --host and --port; give either.")
     if names and len(names) != len(images):
         raise click.UsageError(f"--name is given {len(names)} times for {len(images)} images; give it once for each.")
     from blkferry.cli.serve import Request, Speech, serve_images
@@ -191,10 +199,10 @@ def serve(
         description=description,
         bitmaps=bitmaps,
         allocation_depth=allocation_depth,
-        socket=socket,
-        host=host,
-        port=port,
-        fd=fd,
+        sockets=sockets,
+        hosts=hosts,
+        ports=ports,
+        fds=fds,
         max_connections=max_connections,
         qmp=qmp,
         objects=objects,

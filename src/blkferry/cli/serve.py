@@ -51,8 +51,8 @@ class Speech(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What was asked for. Without `socket`, `fd`, `host` and `port` it is up to whoever starts us (see `address`);
-    `names` is empty or has one per image.
+    """What was asked for. Where to listen is in `sockets`, `fds`, `hosts` and `ports`; without any of them it is up to
+    whoever starts us (see `addresses`). `names` is empty or has one per image.
     """
 
     images: tuple[str, ...]
@@ -62,34 +62,34 @@ class Request:
     direct: bool
     discard: bool
     description: str | None
-    socket: str | None
-    host: str | None
-    port: int | None
+    sockets: tuple[str, ...]
+    hosts: tuple[str, ...]
+    ports: tuple[int, ...]
     max_connections: int
     qmp: str | None
     objects: tuple[str, ...] = ()
-    fd: str | None = None
+    fds: tuple[str, ...] = ()
     tls: str | None = None
     allowed: tuple[str, ...] = ()
     bitmaps: tuple[str, ...] = ()
     allocation_depth: bool = False
 
-    def address(self, passed: Sequence[str] = ()) -> SocketAddress:
+    def addresses(self, passed: Sequence[str] = ()) -> list[SocketAddress]:
         """Where to listen; `passed` are the names of sockets that we were started with. Raises Error."""
-        if self.socket is not None:
-            return SocketAddressUnix(path=self.socket)
-        if self.fd is not None:
-            return SocketAddressFd(fd=self.fd)
-        if passed and self.host is None and self.port is None:
+        found: list[SocketAddress] = [SocketAddressUnix(path=path) for path in self.sockets]
+        found += [SocketAddressFd(fd=fd) for fd in self.fds]
+        if self.hosts or self.ports or not (found or passed):
+            hosts, ports = self.hosts or (DEFAULT_HOST,), self.ports or (DEFAULT_PORT,)
+            found += [SocketAddressInet(host=host, port=str(port)) for host in hosts for port in ports]
+        if not found:
             if len(passed) > 1:
                 raise Error(
                     ErrorKind.INVALID_ARGUMENT,
                     f"There are sockets of {len(passed)} names to listen on",
                     hint=f"Choose with --fd: {', '.join(passed)}.",
                 )
-            return SocketAddressFd(fd=passed[0])
-        host = DEFAULT_HOST if self.host is None else self.host
-        return SocketAddressInet(host=host, port=str(DEFAULT_PORT if self.port is None else self.port))
+            return [SocketAddressFd(fd=passed[0])]
+        return found
 
 
 def serve_images(request: Request, speech: Speech) -> None:
@@ -152,8 +152,7 @@ async def _offer(daemon: Daemon, request: Request, names: tuple[str, ...]) -> li
         await daemon.add_object(options)
     await _add_security(daemon, request)
     nodes = [await _open(daemon, request, number, image) for number, image in enumerate(request.images)]
-    listener = await _listen(daemon, request)
-    addresses = tuple(dict.fromkeys(map(_as_clients_see, listener.addresses)))
+    addresses = tuple(dict.fromkeys(map(_as_clients_see, await _listen(daemon, request))))
     offers = []
     for image, node, name in zip(request.images, nodes, names, strict=True):
         writable = not daemon.graph.find(node).read_only
@@ -214,17 +213,17 @@ async def _open(daemon: Daemon, request: Request, number: int, image: str) -> st
     return node.name
 
 
-async def _listen(daemon: Daemon, request: Request) -> Listener:
+async def _listen(daemon: Daemon, request: Request) -> list[SocketAddress]:
     passed = descriptors.current()
-    address = request.address(passed.names if passed is not None else ())
     try:
         return await daemon.start_nbd_server(
-            address,
+            *request.addresses(passed.names if passed is not None else ()),
             max_connections=request.max_connections,
             tls_creds=TLS if request.tls is not None else None,
             tls_authz=ALLOWED if request.allowed else None,
         )
     except Error as error:
+        address = error.facts.get("address")
         if error.kind is ErrorKind.BUSY and isinstance(address, SocketAddressInet):
             raise Error(
                 ErrorKind.BUSY,

@@ -11,7 +11,7 @@ import logging
 import os
 import ssl
 import tempfile
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version as distribution_version
 from typing import Any, Self
@@ -218,12 +218,23 @@ class Daemon:
         """Hold a node that is there already. Raises Error."""
         return await Disk.attach(self.graph, self.graph.find(node_name), writable=writable)
 
-    async def export(self, disk: Disk, *, name: str | None = None, export_id: str | None = None) -> NbdOffer:
+    async def export(
+        self,
+        disk: Disk,
+        *,
+        name: str | None = None,
+        export_id: str | None = None,
+        bitmaps: Sequence[str] = (),
+        allocation_depth: bool = False,
+        server: str | None = None,
+    ) -> NbdOffer:
         """Offer a disk over NBD, writable if it is; `name` defaults to the node's.
 
-        Where no NBD server runs yet, one is started on a unix socket in a private directory. Raises Error.
+        `bitmaps` are dirty bitmaps, of the disk or what is below it; with `allocation_depth` clients see which layer of
+        a backing chain bytes come from. `server` names the NBD server. The one without a name is started when it does
+        not run yet, on a unix socket in a private directory. Raises Error.
         """
-        if "" not in self.nbd_servers:
+        if server is None and "" not in self.nbd_servers:
             self._private_directory = tempfile.TemporaryDirectory(prefix="blkferry-")
             await self.start_nbd_server(SocketAddressUnix(path=f"{self._private_directory.name}/nbd.sock"))
         offered = disk.name if name is None else name
@@ -232,9 +243,12 @@ class Daemon:
             node_name=disk.name,
             name=offered,
             writable=disk.writable,
+            bitmaps=list(bitmaps),
+            allocation_depth=allocation_depth,
+            server=server,
         )
         await self.exports.add(options)
-        return NbdOffer(self, options.id, self.nbd_uris(offered))
+        return NbdOffer(self, options.id, self.nbd_uris(offered, server))
 
     def nbd_uris(self, name: str, server: str | None = None) -> list[str]:
         """Where clients find the export called `name`: one URI for each address the NBD server listens on."""
@@ -265,19 +279,19 @@ class Daemon:
 
     async def start_nbd_server(
         self,
-        address: SocketAddress,
-        *,
+        *addresses: SocketAddress,
         name: str | None = None,
         max_connections: int = 0,
         handshake_seconds: int = 10,
         tls_creds: str | None = None,
         tls_authz: str | None = None,
-    ) -> Listener:
+    ) -> list[SocketAddress]:
         """Listen for NBD clients, `max_connections` of them and `handshake_seconds` for each to choose an export.
 
         0 is unlimited. With `name` it is another server than the one exports use that name none. `tls_creds` and
         `tls_authz` are ids of objects: with the former TLS is required, the latter says whose certificates are welcome.
-        Raises Error(EXISTS) when it runs already, or what is wrong with address or objects.
+        Returns where it listens, with the ports that the kernel chose. Raises Error(EXISTS) when it runs already, or
+        what is wrong with addresses or objects.
         """
         options = NbdServerOptionsBase(
             id=name,
@@ -286,7 +300,7 @@ class Daemon:
             tls_creds=tls_creds,
             tls_authz=tls_authz,
         )
-        return await self.nbd_servers.start(address, options)
+        return await self.nbd_servers.start(addresses, options)
 
     # Monitors --------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,12 +32,16 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class _Running:
     server: NbdServer
-    listener: Listener
+    listeners: Sequence[Listener]
     options: NbdServerOptionsBase
+
+    @property
+    def addresses(self) -> list[SocketAddress]:
+        return [address for listener in self.listeners for address in listener.addresses]
 
     def uris(self, export: str) -> list[str]:
         secure = self.server.security is not None
-        found = (uri_of(address, export, tls=secure) for address in self.listener.addresses)
+        found = (uri_of(address, export, tls=secure) for address in self.addresses)
         return [uri for uri in found if uri is not None]
 
 
@@ -50,8 +54,11 @@ class NbdServers:
         self._lock = asyncio.Lock()
         self._held = False
 
-    async def start(self, address: SocketAddress, options: NbdServerOptionsBase) -> Listener:
-        """Listen for clients. Raises Error(EXISTS) when it runs already, or what is wrong with address or objects."""
+    async def start(self, addresses: Sequence[SocketAddress], options: NbdServerOptionsBase) -> list[SocketAddress]:
+        """Listen for clients at all of these addresses; returns where that is, with the ports that the kernel chose.
+
+        Raises Error(EXISTS) when it runs already, or what is wrong with addresses or objects.
+        """
         name = options.id or ""
         if options.id is not None and not well_formed(name):
             raise Error(ErrorKind.INVALID_ARGUMENT, "Parameter 'id' expects an identifier", hint="Like 'backup'.")
@@ -62,10 +69,12 @@ class NbdServers:
                     f"NBD server '{name}' already running" if name else "NBD server already running",
                     hint="Stop it first, or give this one an id of its own.",
                 )
-            listener = await listen(address)
+            listeners: list[Listener] = []
             try:
+                for address in addresses:
+                    listeners.append(await listen(address))  # noqa: PERF401 - when one fails, those before are closed
                 server = NbdServer(
-                    listener.sockets,
+                    [sock for listener in listeners for sock in listener.sockets],
                     max_connections=options.max_connections,
                     handshake_seconds=options.handshake_max_seconds,
                     name=name,
@@ -73,10 +82,11 @@ class NbdServers:
                     held=self._held,
                 )
             except BaseException:
-                listener.close()
+                for listener in listeners:
+                    listener.close()
                 raise
-            self._running[name] = _Running(server, listener, options)
-            return listener
+            running = self._running[name] = _Running(server, listeners, options)
+            return running.addresses
 
     def _security(self, options: NbdServerOptionsBase) -> Security | None:
         if options.tls_creds is None:
@@ -108,7 +118,8 @@ class NbdServers:
                 return False
             running.server.close()
             await self._daemon.exports.remove_all(lambda export: getattr(export, "server", None) is running.server)
-            running.listener.close()
+            for listener in running.listeners:
+                listener.close()
             del self._running[name or ""]
             return True
 
@@ -162,7 +173,7 @@ class NbdServers:
         return [
             NbdServerInfo(
                 id=name or None,
-                addresses=running.listener.addresses,
+                addresses=running.addresses,
                 uris=running.uris(""),
                 tls_creds=running.options.tls_creds,
                 tls_authz=running.options.tls_authz,

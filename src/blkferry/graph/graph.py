@@ -6,7 +6,6 @@ A failed `add` leaves nothing behind.
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import re
 import ssl
@@ -21,6 +20,7 @@ from blkferry.graph.access import BACKING
 from blkferry.graph.node import EventSink, Node, depends_on, ignore_event
 from blkferry.graph.permissions import ALL, NONE, Edge
 from blkferry.graph.root import Root
+from blkferry.plane.drain import TaskLock
 from blkferry.schema.block import (
     BlockdevCacheOptions,
     BlockdevDetectZeroesOptions,
@@ -112,7 +112,7 @@ class Opening:
     async def child(self, node: Node, role: str, reference: str | BlockdevOptions) -> Node:
         """Find or open the node that `reference` means, and attach it to `node` as its child `role`."""
         if isinstance(reference, str):
-            child = self.graph.find(reference)
+            child = self.graph.find(reference, device=reference)
             if node in depends_on(child):
                 raise Error(ErrorKind.INVALID_ARGUMENT, f"Node '{reference}' cannot be below itself", node=reference)
             if child.services is not node.services:
@@ -160,7 +160,7 @@ class Graph:
         self._numbers = itertools.count(1)
         self.secret: Callable[[str], bytes] = _no_secret  # what the secret of this id keeps; the daemon sets it
         self.client_tls: ClientTls = _no_credentials  # likewise
-        self.changing = asyncio.Lock()  # held while nodes, edges or permissions change; never while waiting for clients
+        self.changing = TaskLock()  # held while nodes, edges or permissions change; never while waiting for clients
 
     def find(self, name: str, device: str = "") -> Node:
         """The node called `name`; raises Error(NOT_FOUND), which says that there is no `device` either."""

@@ -260,7 +260,7 @@ class Node:
 
     @classmethod
     async def create(cls, graph: Graph, options: BlockdevCreateOptions) -> None:
-        """Make an image; called on the main loop, not under `Graph.changing`. Raises Error."""
+        """Make an image; called on the main loop, by a task that may hold `Graph.changing`. Raises Error."""
         del graph, options
         raise Error(ErrorKind.UNSUPPORTED, "Driver does not support blockdev-create", driver=cls.driver)
 

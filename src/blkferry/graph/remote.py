@@ -37,7 +37,9 @@ def remote_options(uri: str) -> dict[str, Any]:
             server = {"type": "unix", "path": location.socket.removeprefix("\0")}
             if location.socket.startswith("\0"):
                 server["abstract"] = True
-    options = {"driver": "nbd", "server": server, "export": location.export}
+    options: dict[str, Any] = {"driver": "nbd", "server": server}
+    if location.export:
+        options["export"] = location.export
     if location.tls is not None:
         options["tls-creds"] = _credentials(uri, location.tls)["id"]
         if location.tls.hostname:
@@ -46,14 +48,21 @@ def remote_options(uri: str) -> dict[str, Any]:
 
 
 def credentials_for(uri: str) -> dict[str, str] | None:
-    """The options of the object that `remote_options` names in tls-creds; None where it names none. Raises Error."""
+    """The options, as on a command line, of the object that `remote_options` names in tls-creds. Raises Error.
+
+    None where it names none.
+    """
     tls = location_of(uri).tls
     return None if tls is None else _credentials(uri, tls)
 
 
 def _credentials(uri: str, tls: Tls) -> dict[str, str]:
-    if tls.certificates:
+    if tls.kind == "anon":
+        options = {"qom-type": "tls-creds-anon", "endpoint": "client"}
+    elif tls.certificates:
         options = {"qom-type": "tls-creds-x509", "endpoint": "client", "dir": os.path.abspath(tls.certificates)}
+        if not tls.verify_peer:
+            options["verify-peer"] = "off"
     elif tls.psk_file:
         directory, name = os.path.split(os.path.abspath(tls.psk_file))
         if name != KEYS:
@@ -65,7 +74,8 @@ def _credentials(uri: str, tls: Tls) -> dict[str, str]:
         raise Error(
             ErrorKind.INVALID_ARGUMENT,
             f"'{uri}': TLS needs credentials",
-            hint=f"Add ?tls-certificates=DIR (with ca-cert.pem), or ?tls-psk-file=DIR/{KEYS}.",
+            hint=f"Add ?tls-certificates=DIR (with ca-cert.pem), or ?tls-psk-file=DIR/{KEYS}. "
+            "With ?tls-type=anon nobody knows whom they talk to.",
         )
     digest = hashlib.sha256("\0".join(options.values()).encode(errors="surrogateescape")).hexdigest()
     return {**options, "id": f"nbds-{digest[:16]}"}

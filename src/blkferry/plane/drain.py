@@ -121,6 +121,28 @@ class RangeLock:
             entry[2].set_result(None)
 
 
+class TaskLock:
+    """A lock that the task which holds it may take again."""
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()
+        self._holder: asyncio.Task[object] | None = None
+        self._depth = 0
+
+    async def __aenter__(self) -> None:
+        task = asyncio.current_task()
+        if self._holder is not task:
+            await self._lock.acquire()
+            self._holder = task
+        self._depth += 1
+
+    async def __aexit__(self, *_: object) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self._holder = None
+            self._lock.release()
+
+
 async def uninterrupted(future: asyncio.Future[Result]) -> Result:
     """Await what must not be left half done: a cancelled caller still waits for its end, and is cancelled then."""
     cancelled: asyncio.CancelledError | None = None

@@ -46,12 +46,15 @@ class TlsSocket:
         self._is_secure = False
 
     async def shake_hands(self) -> None:
-        """Agree on keys. OpenSSL's work is done in a thread, so that nobody else waits for it. Raises OSError."""
+        """Agree on keys. OpenSSL's work is done in a thread, so that nobody else waits for it. Raises OSError.
+
+        What the context is asked for meanwhile, a key say, it is asked within this task's context variables.
+        """
         loop = asyncio.get_running_loop()
         while True:
             wants = False
             try:
-                await loop.run_in_executor(None, self.tls.do_handshake)
+                await asyncio.to_thread(self.tls.do_handshake)
             except ssl.SSLWantReadError:
                 wants = True
             except ssl.SSLError:

@@ -145,19 +145,20 @@ def _inherited(text: str, check: Callable[[socket.socket], object], known: str =
         raise Error(
             ErrorKind.INVALID_ARGUMENT,
             f"Unable to parse FD number {text[:20]}",
-            hint=f"'str' is the decimal number of an inherited descriptor{known}",
+            hint=f"Give the decimal number of an inherited descriptor, or the name of a socket from systemd{known}.",
         )
     return _socket(text, int(text), check)
 
 
 def _socket(text: str, fd: int, check: Callable[[socket.socket], object]) -> socket.socket:
     """Make a socket of a descriptor, and leave that alone if it will not do."""
+    hint = ""
     try:
         is_socket = stat.S_ISSOCK(os.fstat(fd).st_mode)
     except OSError:
-        is_socket = False
+        is_socket, hint = False, "It is not even open: whoever starts us has to pass it."
     if not is_socket:
-        raise Error(ErrorKind.INVALID_ARGUMENT, f"File descriptor '{text}' is not a socket")
+        raise Error(ErrorKind.INVALID_ARGUMENT, f"File descriptor '{text}' is not a socket", hint=hint)
     sock = socket.socket(fileno=fd)
     try:
         if sock.type != socket.SOCK_STREAM:

@@ -144,7 +144,7 @@ async def _listen_inet(address: SocketAddressInet, backlog: int) -> Listener:
             return listener
     in_use = OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
     if address.to is None:
-        raise Error.from_oserror("Failed to bind socket", in_use, hint=f"port {port} is taken")
+        raise Error.from_oserror("Failed to bind socket", in_use, hint=f"port {port} is taken", address=address)
     raise Error.from_oserror(
         "Failed to find an available port", in_use, hint=f"all of {port} to {address.to} are taken"
     )

@@ -150,7 +150,7 @@ def test_older_commands(daemon, tmp_path):
         daemon.execute("nbd-server-add", device="n", name="not an id")
     with pytest.raises(Error, match=r"^Export 'nobody' is not found$"):
         daemon.execute("nbd-server-remove", name="nobody")
-    with pytest.raises(Error, match=r"nor node-name='nothing'$"):
+    with pytest.raises(Error, match=r"^Cannot find device='nothing' nor node-name='nothing'$"):
         daemon.execute("nbd-server-add", device="nothing")
     eventually(lambda: [each["id"] for each in daemon.execute("query-block-exports")] == ["n"])
     daemon.execute("nbd-server-remove", name="n")

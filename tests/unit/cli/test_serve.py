@@ -49,11 +49,8 @@ def test_version():
         (["serve"], "Missing argument 'IMAGE...'"),
         (["serve", "--scoket", "s", "a"], "--socket"),
         (["serve", "a", "-n", "x", "-n", "y"], "--name is given 2 times for 1 images"),
-        (["serve", "a", "-s", "s", "-p", "1"], "--socket is instead of --host and --port"),
-        (["serve", "a", "-s", "s", "--host", ""], "--socket is instead of --host and --port"),
         (["serve", "a", "-p", "65536"], "65536 is not in the range"),
         (["serve", "a", "--max-connections", "-1"], "-1 is not in the range"),
-        (["serve", "a", "--fd", "3", "--port", "1"], "--fd is instead of"),
     ],
 )
 def test_wrong_use(argv, text, asked):
@@ -67,7 +64,7 @@ def test_defaults(asked):
     assert invoke("serve", "a.img").exit_code == 0
     request, speech = asked[0]
     assert speech is serving.Speech.PROSE
-    assert request.address() == SocketAddressInet(host="127.0.0.1", port="10809")
+    assert request.addresses() == [SocketAddressInet(host="127.0.0.1", port="10809")]
     assert (request.writable, request.discard, request.direct, request.image_format) == (False, True, False, None)
 
 
@@ -84,13 +81,21 @@ def test_defaults(asked):
 )
 def test_sockets_that_were_passed_are_the_default(asked, argv, passed, address):
     assert invoke("serve", *argv.split(), "a.img").exit_code == 0
-    assert asked[0][0].address(passed) == address
+    assert asked[0][0].addresses(passed) == [address]
+
+
+def test_several_addresses(asked):
+    argv = "--port 0 --socket s --host ::1 --host 127.0.0.1 --fd 5 --port 9 --socket t"
+    assert invoke("serve", *argv.split(), "a.img").exit_code == 0
+    paths = [SocketAddressUnix(path=path) for path in "st"]
+    ports = [SocketAddressInet(host=host, port=port) for host in ("::1", "127.0.0.1") for port in "09"]
+    assert asked[0][0].addresses(["passed"]) == [*paths, SocketAddressFd(fd="5"), *ports]
 
 
 def test_sockets_of_several_names_are_not_guessed_at(asked):
     assert invoke("serve", "a.img").exit_code == 0
     with pytest.raises(Error, match="There are sockets of 2 names to listen on") as caught:
-        asked[0][0].address(["a", "b"])
+        asked[0][0].addresses(["a", "b"])
     assert caught.value.hint == "Choose with --fd: a, b."
 
 
@@ -102,7 +107,7 @@ def test_options_arrive(asked):
     assert invoke(*argv.split()).exit_code == 0
     request, speech = asked[0]
     assert speech is serving.Speech.JSON
-    assert request.address() == SocketAddressUnix(path="sock")
+    assert request.addresses() == [SocketAddressUnix(path="sock")]
     assert (request.images, request.names) == (("a", "b"), ("x", "y"))
     assert (request.writable, request.discard, request.direct, request.image_format) == (True, False, True, "raw")
     assert (request.description, request.max_connections, request.qmp) == ("d", 3, "q")

@@ -3,7 +3,10 @@
 import asyncio
 import time
 
+import pytest
+
 from blkferry import Daemon
+from blkferry.errors import Error
 from blkferry.schema.sockets import SocketAddressUnix
 from blkferry.testing.nbd import Client
 
@@ -40,3 +43,22 @@ async def test_a_disk_is_the_same_through_every_way_in(sockets):
         await offer.remove(force=True)
         assert time.monotonic() - before < 5
         assert await daemon.execute("query-block-exports") == []
+
+
+async def test_exports_tell_of_bitmaps_and_layers_and_choose_their_server(sockets):
+    bitmap, depth = "qemu:dirty-bitmap:since", "qemu:allocation-depth"
+    async with Daemon() as daemon:
+        await daemon.start_nbd_server(SocketAddressUnix(path=str(sockets / "backup")), name="backup")
+        disk = await daemon.open("memory:1M", writable=True)
+        await daemon.execute("block-dirty-bitmap-add", {"node": disk.name, "name": "since"})
+        await disk.write(0, b"new")
+        offer = await daemon.export(disk, name="x", bitmaps=["since"], allocation_depth=True, server="backup")
+        assert offer.uris == [f"nbd+unix:///x?socket={sockets}/backup"]
+        assert daemon.nbd_server is None
+        client = await asyncio.to_thread(Client.connect, str(sockets / "backup"), "x", contexts=[bitmap, depth])
+        status = await asyncio.to_thread(client.block_status, 0, 1 << 20)
+        assert status[client.contexts[bitmap]] == ((65536, 1), ((1 << 20) - 65536, 0))
+        assert status[client.contexts[depth]] == ((1 << 20, 1),)
+        await asyncio.to_thread(client.close)
+        with pytest.raises(Error, match="Bitmap 'none' is not found"):
+            await daemon.export(disk, bitmaps=["none"], server="backup")

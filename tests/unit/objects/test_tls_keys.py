@@ -62,7 +62,7 @@ async def test_whoever_has_the_key_gets_in(daemon, directory, priority, version)
         client = await add(daemon, "psk", "client", directory, user.replace("ë", "e"), username=user)
         ends = connect(server, client)
         assert {end.version() for end in ends} == {version}
-        assert daemon.objects["server"].identity(ends[1]) == ""
+        assert daemon.objects["server"].identity(ends[1]) == user
     default = await add(daemon, "psk", "client", directory)
     connect(server, default)
     creds = daemon.objects["server"]
@@ -147,3 +147,9 @@ async def test_anonymous_servers_take_parameters(daemon, tmp_path):
     (tmp_path / "dh-params.pem").write_text("junk")
     assert "Unable to load DH parameters" in await refused(daemon, "anon", "server", tmp_path)
     await add(daemon, "anon", "client", tmp_path)  # which needs none
+
+
+async def test_a_server_without_keys_says_that_it_is_of_no_use(daemon, tmp_path, caplog):
+    (tmp_path / "keys.psk").write_text("\n")
+    await add(daemon, "psk", "server", tmp_path)
+    assert f"PSK file {tmp_path}/keys.psk has no keys: nobody will get in" in caplog.messages

@@ -219,6 +219,16 @@ def test_starttls_is_refused_by_policy():
     assert Client().refusal(Opt.STARTTLS) == (RepError.POLICY, "TLS not configured")
 
 
+def test_the_last_refusal_is_remembered_but_not_that_of_an_unknown_option():
+    client = Client()
+    assert client.machine.refused == ""
+    client.refusal(99)
+    assert client.machine.refused == ""
+    client.refusal(Opt.INFO, build_info("dis"))
+    client.refusal(99)
+    assert client.machine.refused == "export 'dis' not present"
+
+
 @pytest.mark.parametrize("option", [0, 4, 12, 99, 0xFFFFFFFF])
 @pytest.mark.parametrize("payload", [b"", b"x" * 100_000])
 def test_unknown_options_are_refused_and_skipped(option, payload):

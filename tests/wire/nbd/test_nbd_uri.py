@@ -27,6 +27,14 @@ from blkferry.wire.nbd.uri import Location, Tls, is_uri, parse_uri, tcp_uri, uni
             "nbds+unix:///n?tls-hostname=a.example&socket=/s&tls-certificates=/pki",
             Location("unix", "n", socket="/s", tls=Tls(certificates="/pki", hostname="a.example")),
         ),
+        ("nbds://host/?tls-type=anon", Location("tcp", "", "host", tls=Tls(kind="anon"))),
+        (
+            "nbds://host/?tls-certificates=/c&tls-verify-peer=0&tls-type=x509",
+            Location("tcp", "", "host", tls=Tls(certificates="/c", kind="x509", verify_peer=False)),
+        ),
+        ("nbds://host/?tls-verify-peer=1", Location("tcp", "", "host", tls=Tls())),
+        (tcp_uri("h", 10809, None, full=True), Location("tcp", "", "h")),
+        (unix_uri("/s", None), Location("unix", "", socket="/s")),
         ("nbds+unix://alice@/?socket=s", Location("unix", "", socket="s", tls=Tls(username="alice"))),
         ("nbds+vsock://5/", Location("vsock", "", "5", tls=Tls())),
         (tcp_uri("h", 1, "n", tls=True), Location("tcp", "n", "h", 1, tls=Tls())),
@@ -46,7 +54,12 @@ def test_parse(text, location):
     [
         "nbds://host/?tls-certificates=",
         "nbds://host/?tls-certificates=/c&tls-psk-file=/k",
-        "nbds://host/?tls-verify-peer=0",
+        "nbds://host/?tls-verify-peer=no",
+        "nbds://host/?tls-type=ssl",
+        "nbds://host/?tls-type=anon&tls-certificates=/c",
+        "nbds://host/?tls-type=psk&tls-certificates=/c",
+        "nbds://host/?tls-type=x509&tls-psk-file=/k",
+        "nbd://host/?tls-type=anon",
         "nbds://alice:secret@host/",
         "nbds://host/#x",
         "nbd://alice@host/",
@@ -74,3 +87,11 @@ def test_refused(text):
 def test_what_is_none():
     assert not is_uri("nbd:host:1")
     assert not is_uri("/path/nbd://x")
+
+
+def test_what_is_left_out():
+    assert tcp_uri("h", 10809, "x") == "nbd://h/x"
+    assert tcp_uri("::1", 10809, "x", full=True) == "nbd://[::1]:10809/x"
+    assert (tcp_uri("h", 5, ""), tcp_uri("h", 5, None)) == ("nbd://h:5/", "nbd://h:5")
+    assert unix_uri("/s", None) == "nbd+unix://?socket=/s"
+    assert vsock_uri(2, 5, None) == "nbd+vsock://2:5"

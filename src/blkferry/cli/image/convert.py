@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 @click.option("-m", "--threads", type=click.IntRange(1, 16), help="Threads that compress.  [default: by processors]")
 @click.option("-W", "--out-of-order", is_flag=True, hidden=True)
 @click.option("-C", "--copy-offloading", is_flag=True, hidden=True)
+@click.option("--bitmaps", is_flag=True, help="Copy the dirty bitmaps that the source keeps, too (qcow2).")
+@click.option("--skip-broken-bitmaps", is_flag=True, help="Without those that were not stored in order.")
 @click.option("--salvage", is_flag=True, help="Copy zeroes for what cannot be read.")
 @shared(progress=True)
 def command(
@@ -138,6 +140,8 @@ def _work(
         salvage=how["salvage"],
         rate=size_of(how["rate_limit"], "rate limit") if how["rate_limit"] else 0,
         threads=how["threads"] or 0,
+        bitmaps=how["bitmaps"],
+        skip_broken_bitmaps=how["skip_broken_bitmaps"],
     )
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @command("nbd-server-start")
 async def nbd_server_start(daemon: Daemon, arguments: NbdServerStart) -> None:
-    await daemon.nbd_servers.start(arguments.addr, arguments)
+    await daemon.nbd_servers.start([arguments.addr], arguments)
 
 
 @command("nbd-server-stop")
@@ -42,13 +42,14 @@ async def query_nbd_servers(daemon: Daemon, arguments: None) -> list[NbdServerIn
 
 @command("nbd-server-add")
 async def nbd_server_add(daemon: Daemon, arguments: NbdServerAdd) -> None:
+    node = daemon.graph.find(arguments.device, device=arguments.device)
     name = arguments.name if arguments.name is not None else arguments.device
     options = BlockExportOptionsNbd(
         id=name,
-        node_name=arguments.device,
+        node_name=node.name,
         name=name,
         description=arguments.description,
-        writable=arguments.writable and not daemon.graph.find(arguments.device).read_only,
+        writable=arguments.writable and not node.read_only,
         bitmaps=None if arguments.bitmap is None else [arguments.bitmap],
     )
     await daemon.exports.add(options)

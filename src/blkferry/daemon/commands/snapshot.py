@@ -48,21 +48,16 @@ async def put_on(graph: Graph, wanted: BlockdevSnapshot, stack: AsyncExitStack) 
     return base
 
 
-async def make_overlay(graph: Graph, wanted: BlockdevSnapshotSync) -> Node:
-    """Make the file of an overlay, if it is to be made. Returns the node that it is for."""
+async def put_made_on(graph: Graph, wanted: BlockdevSnapshotSync, stack: AsyncExitStack) -> Node:
+    """Make the file of an overlay, if it is to be made, and put that on the node that is returned.
+
+    The overlay is taken back when `stack` ends with an exception; a file that was made stays.
+    """
     base = graph.find(wanted.node_name or "", device=wanted.device or "")
     refuse_backing(base)
     _check_overlay(graph, wanted)
     if wanted.mode is not NewImageMode.EXISTING:
         await _create_overlay(graph, base, wanted)
-    return base
-
-
-async def put_made_on(graph: Graph, wanted: BlockdevSnapshotSync, base: Node, stack: AsyncExitStack) -> Node:
-    """Open an overlay and put it on `base`; taken back when `stack` ends with an exception."""
-    if graph.nodes.get(base.name) is not base:
-        raise Error(ErrorKind.GONE, f"Node '{base.name}' was removed meanwhile", node=base.name)
-    refuse_backing(base)
     overlay = await graph.open(_overlay_options(base, wanted), None)
     await stack.enter_async_context(_closed_on_failure(graph, overlay))
     await _append(graph, overlay, base, stack)

@@ -35,10 +35,6 @@ if TYPE_CHECKING:
 async def execute(daemon: Daemon, actions: list[tuple[str, Any]]) -> None:
     """Do these, each a command's name and arguments. Raises Error."""
     graph = daemon.graph
-    made: dict[int, Node] = {}  # what overlays that had to be made first are for, by the number of the action
-    for number, (_, data) in enumerate(actions):
-        if isinstance(data, BlockdevSnapshotSync):
-            made[number] = await snapshot.make_overlay(graph, data)
     async with graph.changing:
         nodes = set().union(*(_concerned(graph, data) for _, data in actions))
         trees: set[Node] = set().union(*(graph.tree_of(node) for node in nodes))
@@ -47,13 +43,13 @@ async def execute(daemon: Daemon, actions: list[tuple[str, Any]]) -> None:
         async with graph.drained(trees):
             try:
                 async with AsyncExitStack() as stack:
-                    for number, (name, data) in enumerate(actions):
+                    for name, data in actions:
                         if name in bitmap.ACTIONS:
                             stack.push(_OnFailure(bitmap.ACTIONS[name](graph, data)))
                         elif isinstance(data, BlockdevSnapshot):
                             only_read.append(await snapshot.put_on(graph, data, stack))
                         elif isinstance(data, BlockdevSnapshotSync):
-                            only_read.append(await snapshot.put_made_on(graph, data, made[number], stack))
+                            only_read.append(await snapshot.put_made_on(graph, data, stack))
                         elif isinstance(data, BlockdevSnapshotInternal):
                             await snapshot.make_internal(graph, data, stack)
                         else:

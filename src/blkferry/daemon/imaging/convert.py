@@ -15,7 +15,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from blkferry.daemon.imaging import creating
+from blkferry.daemon.imaging import bitmaps, creating
 from blkferry.daemon.imaging.compressing import ZERO, Compressor, Packed
 from blkferry.daemon.imaging.copying import (
     AHEAD,
@@ -69,6 +69,7 @@ class Conversion:
 
     `create`: make the target; otherwise it is there, and long enough. `target_is_zero`: it reads as zeroes.
     `sparse_size` 0 copies zeroes as well. `salvage` replaces what cannot be read by zeroes. `rate` is bytes a second.
+    `bitmaps` copies those that the source keeps too, `skip_broken_bitmaps` without the inconsistent ones.
     """
 
     sources: Sequence[ImageName]
@@ -81,6 +82,8 @@ class Conversion:
     salvage: bool = False
     rate: int = 0
     threads: int = 0
+    bitmaps: bool = False
+    skip_broken_bitmaps: bool = False
 
 
 @dataclass(slots=True)
@@ -98,6 +101,8 @@ async def convert(daemon: Daemon, work: Conversion, progress: Progress = ignore_
     async with AsyncExitStack() as stack:
         loans = [await stack.enter_async_context(opened(daemon, each, "convert")) for each in work.sources]
         total = sum(loan.node.length for loan in loans)
+        source = loans[0].node
+        wanted = bitmaps.to_copy(source, skip_broken=work.skip_broken_bitmaps) if work.bitmaps else []
         target = await _sized(daemon, work, loans, total)
         if work.create:
             await stack.enter_async_context(creating.making(daemon, target))
@@ -112,6 +117,8 @@ async def convert(daemon: Daemon, work: Conversion, progress: Progress = ignore_
                 f"'{target.name}' is smaller than what shall be copied: {loan.node.length} of {total} bytes",
                 hint="Make it larger first: blkferry image resize.",
             )
+        if work.bitmaps:
+            await stack.enter_async_context(bitmaps.copied(daemon, source, wanted, loan.node))
         copy = _Copy(work, loans, loan, progress)
         return await loan.run(copy.run(total))
 
@@ -121,6 +128,10 @@ def _check(work: Conversion) -> None:
         log.warning("-o has no effect when skipping image creation")
     if work.target_is_zero and work.create:
         raise Error(ErrorKind.INVALID_ARGUMENT, "--target-is-zero requires -n", hint="A new image is zero anyway.")
+    if work.skip_broken_bitmaps and not work.bitmaps:
+        raise Error(ErrorKind.INVALID_ARGUMENT, "Use of --skip-broken-bitmaps requires --bitmaps")
+    if work.bitmaps and len(work.sources) > 1:
+        raise Error(ErrorKind.INVALID_ARGUMENT, "Copying bitmaps only possible with single source")
     if work.sparse_size % SECTOR or not 0 <= work.sparse_size <= PIECE:
         raise Error(
             ErrorKind.INVALID_ARGUMENT,

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from blkferry.daemon.imaging import creating
+from blkferry.daemon.imaging.bitmaps import keeps_bitmaps
 from blkferry.daemon.imaging.copying import runs_of
 from blkferry.daemon.imaging.creating import NewImage
 from blkferry.daemon.imaging.names import QCOW2, RAW, ImageName, opened
@@ -109,7 +110,7 @@ async def measure(
         node = loan.node
         allocated = [each async for each in _data(node)] if new.image_format == QCOW2 else []
         bitmaps = None
-        if isinstance(node, Qcow2) and node.header.version >= 3:
+        if isinstance(node, Qcow2) and keeps_bitmaps(node):
             bitmaps = [(entry.name, entry.granularity_bits) for entry in node.bitmaps.entries if entry.usable]
         return await _measured(daemon, new, node.length, allocated, bitmaps)
 

@@ -24,6 +24,13 @@ HANDSHAKE_SECONDS = 30.0
 
 _HOSTNAME_MISMATCH: Final = (62, 64)  # X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH
 
+_REMEDIES: Final = {
+    "CERTIFICATE_REQUIRED": "The server wants a certificate of ours: client-cert.pem and client-key.pem.",
+    "UNKNOWN_CA": "The server does not trust the authority that signed our certificate.",
+    "HANDSHAKE_FAILURE": "The server may want credentials of another kind: a certificate, a key, or none.",
+}
+"""What to do about the alerts that servers send, by how OpenSSL calls those."""
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -73,7 +80,8 @@ async def _shake_hands(plain: socket.socket, target: Target) -> Session:
         return await haggling.agree(target.export, target.context)
     except OSError as error:
         haggling.sock.close()
-        raise Error(ErrorKind.IO, f"Failed to read initial magic or option reply: {reason(error)}") from error
+        text = f"Failed to read initial magic or option reply: {reason(error)}"
+        raise Error(ErrorKind.IO, text, hint=_remedy(error)) from error
     except BaseException:
         haggling.sock.close()
         raise
@@ -93,5 +101,10 @@ async def _secure(plain: socket.socket, context: ssl.SSLContext, hostname: str |
         text = f"The server's certificate was refused: {error.verify_message}"
         raise Error(ErrorKind.DENIED, text, hint="Is it signed by the CA of ca-cert.pem?") from error
     except OSError as error:
-        raise Error(ErrorKind.IO, f"TLS handshake failed: {reason(error)}") from error
+        raise Error(ErrorKind.IO, f"TLS handshake failed: {reason(error)}", hint=_remedy(error)) from error
     return secured
+
+
+def _remedy(error: OSError) -> str:
+    alert = getattr(error, "reason", None) or ""
+    return next((remedy for name, remedy in _REMEDIES.items() if alert.endswith(f"ALERT_{name}")), "")

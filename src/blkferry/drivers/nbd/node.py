@@ -47,7 +47,7 @@ class BlockdevOptionsNbd(BlockdevOptions):
 
     driver: Literal["nbd"] = "nbd"
     server: Annotated[SocketAddress, Doc("where the server listens", since="2.9")]
-    export: Annotated[str, Doc("name of the export", since="2.9")] = ""
+    export: Annotated[str | None, Doc("name of the export (default: the empty one)", since="2.9")] = None
     tls_creds: Annotated[str | None, Doc("the TLS credentials to connect with (default: no TLS)", since="2.9")] = None
     tls_hostname: Annotated[
         str | None, Doc("the name that the server's certificate must have (default: the host)", since="7.0")
@@ -80,7 +80,7 @@ class Nbd(Node):
     async def open(self, opening: Opening) -> None:
         self._lines: list[Line] = []
         self._epoch = 0  # counts how often all that was in flight was given up
-        if len(self.options.export.encode()) > MAX_STRING:
+        if len((self.options.export or "").encode()) > MAX_STRING:
             raise Error(ErrorKind.INVALID_ARGUMENT, "export name too long to send to server")
         if len((self.options.x_dirty_bitmap or "").encode()) > MAX_STRING:
             raise Error(ErrorKind.INVALID_ARGUMENT, "x-dirty-bitmap query too long to send to server")
@@ -115,7 +115,7 @@ class Nbd(Node):
         if credentials is None:
             if hostname is not None:
                 raise Error(ErrorKind.INVALID_ARGUMENT, "Parameter 'tls-hostname' requires 'tls-creds'")
-            return Target(options.server, options.export, options.x_dirty_bitmap)
+            return Target(options.server, options.export or "", options.x_dirty_bitmap)
         if hostname is None and isinstance(options.server, SocketAddressInet):
             hostname = options.server.host
         named = hostname is not None
@@ -128,7 +128,7 @@ class Nbd(Node):
                 latest = graph.client_tls(credentials, named=named)
             return latest
 
-        return Target(options.server, options.export, options.x_dirty_bitmap, context, hostname)
+        return Target(options.server, options.export or "", options.x_dirty_bitmap, context, hostname)
 
     # Where bytes are --------------------------------------------------------------------------------------------
 
@@ -280,9 +280,10 @@ class Nbd(Node):
     # Life -------------------------------------------------------------------------------------------------------
 
     def filename(self) -> str:
+        """A URI, which does not tell of TLS. QEMU's is the same but for what has to be escaped."""
         match self.options.server:
             case SocketAddressInet(host=host, port=port) if port.isdecimal():
-                return tcp_uri(host, int(port), self.options.export)
+                return tcp_uri(host, int(port), self.options.export, full=True)
             case SocketAddressUnix(path=path):
                 return unix_uri(path, self.options.export)
         return f"nbd:{shown(self.options.server)}"

@@ -160,6 +160,8 @@ class Negotiation:
         """End this connection."""
         if self._plain.fileno() < 0:
             return
+        if refused := self._machine.refused:
+            why = f"{why or 'the client went away'}; it was refused: {refused}"
         if why:
             log.info("%s: disconnecting during the handshake: %s", self._peer, why)
         self._release()
@@ -170,6 +172,8 @@ class Negotiation:
 def _reason(error: OSError | ssl.CertificateError) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"the client's certificate was refused: {error.verify_message}"
+    if isinstance(error, ssl.SSLZeroReturnError | ssl.SSLEOFError | ConnectionError):
+        return "the client went away; it may not trust this server"
     return reason(error)
 
 

@@ -12,7 +12,7 @@ class Credentials(Protocol):
     """What a server shows, and how it knows whom it talks to."""
 
     def context(self) -> ssl.SSLContext:
-        """What TLS is made with."""
+        """What TLS is made with on one connection; called in the task that shakes hands, as is `identity`."""
 
     def identity(self, tls: ssl.SSLObject) -> str:
         """Who the peer is: the distinguished name of its certificate, or what its key is called; empty if unknown."""

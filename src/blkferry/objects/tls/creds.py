@@ -69,11 +69,12 @@ class TlsCreds(BlkObject):
 
         A client with `verify_peer` must give the name it expects of the server (`server_hostname`). One that has no
         name to expect, as on a unix socket, asks for the context without (`named`), which checks all else.
+        Ask for it in the task that shakes hands, and for the `identity` there too.
         """
         return self._context if named else self._nameless
 
     def identity(self, tls: ssl.SSLObject) -> str:
-        """The distinguished name of the peer's certificate, "" when it showed none. Raises Error(CORRUPT)."""
+        """Who the peer is: its certificate's distinguished name, "" when it showed none. Raises Error(CORRUPT)."""
         certificate = tls.getpeercert(binary_form=True)
         return distinguished_name(certificate) if certificate else ""
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import ssl
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from blkferry.errors import Error, ErrorKind
@@ -10,6 +13,8 @@ from blkferry.objects.tls import openssl
 from blkferry.objects.tls.creds import QCryptoTLSCredsEndpoint, TlsCreds, TlsCredsProperties, read_file
 from blkferry.schema.qapi import Doc, branch
 from blkferry.schema.qom import ObjectOptions
+
+log = logging.getLogger(__name__)
 
 DEFAULT_USER = "qemu"
 
@@ -21,6 +26,17 @@ _MAX_USER = 127
 
 _CIPHERS = "kECDHEPSK+CHACHA20:kECDHEPSK+AES:kPSK+AESGCM:kPSK+CHACHA20"
 """For TLS 1.2. Those with forward secrecy come first; clients that have none of them are rare."""
+
+
+@dataclass(slots=True)
+class _Client:
+    """Whose key was asked for during one handshake. With a key that is not theirs the handshake fails."""
+
+    user: str = ""
+
+
+_CLIENT: ContextVar[_Client] = ContextVar("whose key one handshake has asked for")
+"""OpenSSL asks for keys by the user's name, and does not say for which connection: but within its handshake."""
 
 
 @branch
@@ -48,13 +64,24 @@ class TlsCredsPsk(TlsCreds):
             )
         self._user = DEFAULT_USER if options.username is None else options.username
 
+    def context(self, *, named: bool = True) -> ssl.SSLContext:
+        _CLIENT.set(_Client())
+        return super().context(named=named)
+
+    def identity(self, tls: ssl.SSLObject) -> str:
+        """The user's name, "" to a client: a server has none."""
+        del tls
+        return _CLIENT.get().user
+
     def _make(self) -> tuple[ssl.SSLContext, ssl.SSLContext]:
         path = self._path("keys.psk")
         keys = parse_keys(read_file(path), path)
         context = self._new_context()
         context.set_ciphers(_CIPHERS)
         if self.endpoint is QCryptoTLSCredsEndpoint.SERVER:
-            openssl.serve_keys(context, lambda user: keys.get(user, b""))
+            if not keys:
+                log.warning("PSK file %s has no keys: nobody will get in", path)
+            openssl.serve_keys(context, lambda user: _key_for(user, keys))
         elif (key := keys.get(self._user)) is None:
             raise Error(
                 ErrorKind.NOT_FOUND, f"Username {self._user} not found in PSK file {path}", path=path, user=self._user
@@ -62,6 +89,13 @@ class TlsCredsPsk(TlsCreds):
         else:
             openssl.use_key(context, self._user, key)
         return context, context
+
+
+def _key_for(user: str, keys: dict[str, bytes]) -> bytes:
+    """The key of a client, which is noted for who asks for its identity; no bytes if there is none of this name."""
+    if user in keys and (client := _CLIENT.get(None)) is not None:
+        client.user = user
+    return keys.get(user, b"")
 
 
 def parse_keys(data: bytes, path: str) -> dict[str, bytes]:

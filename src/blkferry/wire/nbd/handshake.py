@@ -161,13 +161,15 @@ class Handshake:
     """One client's negotiation. Owned by the thread that owns the connection.
 
     `tls_required`: the server has credentials, and serves nobody without TLS. `state` says where it is, `result` what
-    was agreed once it is DONE, `closed_reason` why it is CLOSED.
+    was agreed once it is DONE, `closed_reason` why it is CLOSED, and `refused` what the client was last told it cannot
+    have, in the words that it was told; options that we do not have do not count.
     """
 
     def __init__(self, directory: Directory, *, tls_required: bool = False) -> None:
         self.state = State.CLIENT_FLAGS
         self.result: Negotiated | None = None
         self.closed_reason = ""
+        self.refused = ""
         self._directory = directory
         self._tls_required = tls_required
         self._is_secure = False
@@ -301,6 +303,8 @@ class Handshake:
         return Event.ENDED
 
     def _refuse(self, refused: Refused) -> Event:
+        if refused.error is not RepError.UNSUP and self._option != Opt.ABORT:
+            self.refused = refused.text
         self._reply(self._option, refused.error, refused.text.encode())
         return Event.ANSWERED
 

@@ -11,13 +11,16 @@ DEFAULT_PORT = 10809
 class Tls(NamedTuple):
     """How to prove who is who: a directory with certificates, or a file with keys and which `username` has which.
 
-    `hostname` is the name that the server's certificate must have, where that is not the host's.
+    `kind` is "x509", "psk" or "anon", which proves nothing; "" where that is left to the rest. `hostname` is the name
+    that the server's certificate must have, where that is not the host's; `verify_peer` tells whether it is looked at.
     """
 
     certificates: str = ""
     psk_file: str = ""
     username: str = ""
     hostname: str = ""
+    kind: str = ""
+    verify_peer: bool = True
 
 
 class Location(NamedTuple):
@@ -37,7 +40,15 @@ class Location(NamedTuple):
 _HOST_CID = "2"  # of a guest's host, where libnbd looks if nobody says a cid
 _KINDS = {"": "tcp", "+tcp": "tcp", "+unix": "unix", "+vsock": "vsock"}
 _SCHEMES = {f"{name}{kind}" for name in ("nbd", "nbds") for kind in _KINDS}
-_TLS_PARAMETERS = {"tls-certificates": "certificates", "tls-psk-file": "psk_file", "tls-hostname": "hostname"}
+_TLS_PARAMETERS = {
+    "tls-type": "kind",
+    "tls-certificates": "certificates",
+    "tls-psk-file": "psk_file",
+    "tls-hostname": "hostname",
+    "tls-verify-peer": "verify_peer",
+}
+_TLS_FILES = {"x509": "certificates", "psk": "psk_file", "anon": None}
+"""Which parameter goes with which type."""
 
 
 def is_uri(text: str) -> bool:
@@ -92,26 +103,41 @@ def _tls(parameters: dict[str, str], username: str) -> Tls:
         raise ValueError("parameters of TLS must not be empty")
     if "certificates" in said and "psk_file" in said:
         raise ValueError("there are either certificates or keys (tls-psk-file), not both")
-    return Tls(username=username, **said)
+    kind = said.pop("kind", "")
+    if kind and kind not in _TLS_FILES:
+        raise ValueError(f"tls-type is one of {', '.join(_TLS_FILES)}")
+    if kind and (said.keys() & _TLS_FILES.values()) - {_TLS_FILES[kind]}:
+        raise ValueError(f"its certificates or keys do not go with tls-type={kind}")
+    verify_peer = said.pop("verify_peer", "1")
+    if verify_peer not in ("0", "1"):
+        raise ValueError("tls-verify-peer is 0 or 1")
+    return Tls(username=username, kind=kind, verify_peer=verify_peer == "1", **said)
 
 
 def _text(quoted: str) -> str:
     return unquote(quoted, errors="strict")
 
 
-def tcp_uri(host: str, port: int, export: str, *, tls: bool = False) -> str:
-    """`nbd://host:port/export`, the port left out when it is the registered one; `nbds` for TLS."""
+def tcp_uri(host: str, port: int, export: str | None, *, tls: bool = False, full: bool = False) -> str:
+    """`nbd://host:port/export`; `nbds` for TLS. The registered port is left out unless the URI is to be `full`.
+
+    Here and below, an export that is None has no slash either, and means the same as the empty name.
+    """
     shown = f"[{host}]" if ":" in host else host
-    where = shown if port == DEFAULT_PORT else f"{shown}:{port}"
-    return f"nbd{'s' if tls else ''}://{where}/{quote(export)}"
+    where = shown if port == DEFAULT_PORT and not full else f"{shown}:{port}"
+    return f"nbd{'s' if tls else ''}://{where}{_path(export)}"
 
 
-def unix_uri(path: str, export: str, *, tls: bool = False) -> str:
+def unix_uri(path: str, export: str | None, *, tls: bool = False) -> str:
     """`nbd+unix:///export?socket=path`."""
-    return f"nbd{'s' if tls else ''}+unix:///{quote(export)}?{urlencode({'socket': path}, safe='/', quote_via=quote)}"
+    return f"nbd{'s' if tls else ''}+unix://{_path(export)}?{urlencode({'socket': path}, safe='/', quote_via=quote)}"
 
 
-def vsock_uri(cid: int, port: int, export: str, *, tls: bool = False) -> str:
+def vsock_uri(cid: int, port: int, export: str | None, *, tls: bool = False) -> str:
     """`nbd+vsock://cid:port/export`, the port left out when it is the registered one."""
     where = str(cid) if port == DEFAULT_PORT else f"{cid}:{port}"
-    return f"nbd{'s' if tls else ''}+vsock://{where}/{quote(export)}"
+    return f"nbd{'s' if tls else ''}+vsock://{where}{_path(export)}"
+
+
+def _path(export: str | None) -> str:
+    return "" if export is None else f"/{quote(export)}"
