@@ -1,8 +1,10 @@
 """Vhost-user-blk exports as the disks of programs that nobody here wrote: QEMU's tools by libblkio, without a guest."""
 
 import json
+import shlex
 
 import pytest
+from cli_process import running
 
 from blkferry.testing.daemon import DaemonThread
 from peers import requires, run
@@ -22,6 +24,20 @@ def disk(request, tmp_path, sockets):
         address = {"type": "unix", "path": str(sockets / "disk")}
         daemon.execute("block-export-add", type="vhost-user-blk", id="e", node_name="disk", addr=address, writable=True)
         yield image, request.param, f"driver=virtio-blk-vhost-user,path={address['path']},cache.direct=on"
+
+
+@requires("qemu-system-x86_64")
+def test_the_line_for_qemu_can_be_pasted(image, sockets):
+    path = sockets / "it's, a disk"
+    with running("blkferry", "serve", "-w", "--vhost-user", path, image().path) as server:
+        assert server.line().endswith(": 1 MiB, writable, at\n")
+        assert server.line() == f"  {path}\n"
+        program, *arguments = shlex.split(server.line().removeprefix("  qemu:"))
+        more = ["-accel", "tcg", "-display", "none", "-nodefaults", "-S", "-monitor", "stdio"]
+        said = run(program, *arguments, *more, stdin="info qtree\nquit\n").stdout
+        assert "dev: vhost-user-blk-pci" in said
+        assert server.end()[0] == 0
+    assert not path.exists()
 
 
 def commands(*lines):

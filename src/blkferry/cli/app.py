@@ -52,7 +52,7 @@ app.add_command(image)
 
 
 @app.command(
-    short_help="Offer images over NBD until Ctrl-C.",
+    short_help="Offer images over NBD, or to virtual machines, until Ctrl-C.",
     epilog="Ctrl-C or SIGTERM end it: clients get the answers they wait for, everything written is on disk. "
     "A second one cuts clients off.",
 )
@@ -89,6 +89,13 @@ app.add_command(image)
     multiple=True,
     metavar="NAME",
     help="Listen on a socket that is there already: its number, or its name in systemd.  [default: systemd's only one]",
+)
+@click.option(
+    "--vhost-user",
+    "vhost_user",
+    multiple=True,
+    metavar="PATH",
+    help="Instead of NBD: let a virtual machine have the image as a disk, over this unix socket; once per image.",
 )
 @click.option(
     "-f",
@@ -141,7 +148,7 @@ app.add_command(image)
 )
 @click.option("--qmp", metavar="PATH", help="Take QMP commands on this unix socket meanwhile.")
 @click.option("--json", "as_json", is_flag=True, help="Say where the exports are in one line of JSON.")
-@click.option("-q", "--quiet", is_flag=True, help="Say where the exports are, one URI per line, and nothing else.")
+@click.option("-q", "--quiet", is_flag=True, help="Say where the exports are, one per line, and nothing else.")
 @click.option("-v", "--verbose", count=True, help="Log who connects and leaves; twice for everything.")
 def serve(
     images: tuple[str, ...],
@@ -150,6 +157,7 @@ def serve(
     hosts: tuple[str, ...],
     ports: tuple[int, ...],
     fds: tuple[str, ...],
+    vhost_user: tuple[str, ...],
     *,
     writable: bool,
     image_format: str | None,
@@ -167,7 +175,7 @@ def serve(
     quiet: bool,
     verbose: int,
 ) -> None:
-    """Offer images over NBD, and say how clients reach them.
+    """Offer images over NBD, or as disks of virtual machines, and say how clients reach them.
 
     IMAGE is a raw or qcow2 image, with its backing files, a block device, or memory:SIZE for an empty disk that is gone
     at the end (and always writable). With several of --socket, --host, --port and --fd it is offered at all of these
@@ -182,7 +190,14 @@ def serve(
     blkferry serve --socket /run/vm.sock --host 192.0.2.7 vm.qcow2
     blkferry serve --name scratch memory:10G
     blkferry serve --host '' --tls /etc/blkferry vm.qcow2
+    blkferry serve -w --vhost-user /run/vm/disk.sock vm.qcow2
     """  # noqa: D301
+    if vhost_user:
+        _refuse_nbd(click.get_current_context())
+        if len(vhost_user) != len(images):
+            raise click.UsageError(
+                f"--vhost-user is given {len(vhost_user)} times for {len(images)} images; give it once for each."
+            )
     if names and len(names) != len(images):
         raise click.UsageError(f"--name is given {len(names)} times for {len(images)} images; give it once for each.")
     from blkferry.cli.serve import Request, Speech, serve_images
@@ -208,9 +223,24 @@ def serve(
         objects=objects,
         tls=tls,
         allowed=allowed,
+        vhost_user=vhost_user,
     )
     try:
         serve_images(request, speech)
     except Error as error:
         complain(PROGRAM, error)
         sys.exit(1)
+
+
+def _refuse_nbd(ctx: click.Context) -> None:
+    """Raise UsageError when an option is given that means nothing to virtual machines."""
+    ours = {"images", "vhost_user", "writable", "image_format", "direct", "discard", "objects", "qmp"}
+    ours |= {"as_json", "quiet", "verbose"}
+    given = [
+        parameter.opts[-1]
+        for parameter in ctx.command.params
+        if parameter.name not in ours
+        and ctx.get_parameter_source(parameter.name or "") is click.core.ParameterSource.COMMANDLINE
+    ]
+    if given:
+        raise click.UsageError(f"{', '.join(given)} is about NBD, which --vhost-user is instead of; give either.")

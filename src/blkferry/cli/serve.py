@@ -14,7 +14,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from blkferry.cli.ready import Offer, announce, write_json, write_uris
+from blkferry.cli import guests
+from blkferry.cli.ready import Offer, Offered, announce, write_json, write_uris
 from blkferry.daemon import images
 from blkferry.daemon.commands.char import chardev_add
 from blkferry.daemon.daemon import Daemon
@@ -24,13 +25,12 @@ from blkferry.errors import Error, ErrorKind
 from blkferry.graph.remote import location_of
 from blkferry.schema.char import ChardevAdd, ChardevSocket
 from blkferry.schema.control import MonitorOptions
-from blkferry.schema.export import BlockExportOptionsNbd
+from blkferry.schema.export import BlockExportOptions, BlockExportOptionsNbd
 from blkferry.schema.keyval import Help, parse_option
 from blkferry.schema.qom import ObjectOptions
 from blkferry.schema.sockets import SocketAddress, SocketAddressFd, SocketAddressInet, SocketAddressUnix
 from blkferry.schema.visit import visit
 from blkferry.sockets import descriptors
-from blkferry.sockets.listener import Listener
 from blkferry.wire.nbd.uri import DEFAULT_PORT, is_uri
 
 QMP = "qmp"
@@ -73,6 +73,8 @@ class Request:
     allowed: tuple[str, ...] = ()
     bitmaps: tuple[str, ...] = ()
     allocation_depth: bool = False
+    vhost_user: tuple[str, ...] = ()
+    """Where front ends of virtual machines connect, once per image; instead of all that is NBD's."""
 
     def addresses(self, passed: Sequence[str] = ()) -> list[SocketAddress]:
         """Where to listen; `passed` are the names of sockets that we were started with. Raises Error."""
@@ -94,8 +96,8 @@ class Request:
 
 def serve_images(request: Request, speech: Speech) -> None:
     """Serve until a signal comes. Raises Error, with nothing left behind."""
-    names = request.names or default_names(request.images)
-    offers: list[Offer] = []
+    names = request.names or (request.images if request.vhost_user else default_names(request.images))
+    offers: list[Offered] = []
 
     async def fill(daemon: Daemon) -> None:
         offers.extend(await _offer(daemon, request, names))
@@ -109,7 +111,7 @@ def serve_images(request: Request, speech: Speech) -> None:
                 write_uris(offers)
             case Speech.PROSE:
                 announce(offers)
-                _caution(offers)
+                _caution([offer for offer in offers if isinstance(offer, Offer)])
 
     talkative = speech is Speech.PROSE and sys.stderr.isatty()
 
@@ -144,7 +146,7 @@ def _default_name(image: str) -> str:
     return os.path.basename(image.rstrip("/"))
 
 
-async def _offer(daemon: Daemon, request: Request, names: tuple[str, ...]) -> list[Offer]:
+async def _offer(daemon: Daemon, request: Request, names: tuple[str, ...]) -> list[Offered]:
     for text in request.objects:
         options = parse_option(ObjectOptions, text, implied="qom-type")
         if isinstance(options, Help):
@@ -152,13 +154,19 @@ async def _offer(daemon: Daemon, request: Request, names: tuple[str, ...]) -> li
         await daemon.add_object(options)
     await _add_security(daemon, request)
     nodes = [await _open(daemon, request, number, image) for number, image in enumerate(request.images)]
-    addresses = tuple(dict.fromkeys(map(_as_clients_see, await _listen(daemon, request))))
-    offers = []
-    for image, node, name in zip(request.images, nodes, names, strict=True):
+    bound = [] if request.vhost_user else await _listen(daemon, request)
+    addresses = tuple(dict.fromkeys(map(_as_clients_see, bound)))
+    offers: list[Offered] = []
+    for number, (image, node, name) in enumerate(zip(request.images, nodes, names, strict=True)):
         writable = not daemon.graph.find(node).read_only
-        await _export(daemon, request, image, node, name)
         size = daemon.graph.find(node).length
-        offers.append(Offer(name, image, size, writable, addresses, tls=request.tls is not None))
+        if request.vhost_user:
+            path = os.path.abspath(request.vhost_user[number])
+            await _export(daemon, image, guests.options(node, node, path, writable=writable))
+            offers.append(guests.GuestDisk(image, size, writable, path))
+        else:
+            await _export(daemon, image, _nbd_options(request, node, name, writable=writable))
+            offers.append(Offer(name, image, size, writable, addresses, tls=request.tls is not None))
     if request.qmp is not None:
         backend = ChardevSocket(addr=SocketAddressUnix(path=request.qmp))
         await chardev_add(daemon, ChardevAdd(id=QMP, backend=backend))
@@ -233,16 +241,19 @@ async def _listen(daemon: Daemon, request: Request) -> list[SocketAddress]:
         raise
 
 
-async def _export(daemon: Daemon, request: Request, image: str, node: str, name: str) -> None:
-    options = BlockExportOptionsNbd(
+def _nbd_options(request: Request, node: str, name: str, *, writable: bool) -> BlockExportOptionsNbd:
+    return BlockExportOptionsNbd(
         id=node,
         node_name=node,
         name=name,
-        writable=not daemon.graph.find(node).read_only,
+        writable=writable,
         description=request.description,
         bitmaps=list(request.bitmaps),
         allocation_depth=request.allocation_depth,
     )
+
+
+async def _export(daemon: Daemon, image: str, options: BlockExportOptions) -> None:
     try:
         await daemon.exports.add(options)
     except Error as error:
@@ -261,6 +272,8 @@ def _as_clients_see(address: SocketAddress) -> SocketAddress:
 
 
 def _caution(offers: Sequence[Offer]) -> None:
+    if not offers:
+        return
     exposed = {address.host for address in offers[0].addresses if isinstance(address, SocketAddressInet)}
     if not offers[0].tls and not all(host.startswith(_HERE) for host in exposed):
         may = "read and write" if any(offer.writable for offer in offers) else "read"
