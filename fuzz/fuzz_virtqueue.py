@@ -4,7 +4,18 @@
 
 Plays sessions of a driver against a device in a daemon: requests that are right, whose answers are checked, among
 chains that are not, then bytes changed anywhere in the rings, also while they are being served, and memory cut off.
-Sessions of the corpus (fuzz/corpus/virtqueue: seeds, one a line) come first. A failure prints its seed.
+Before and between them it replays what is in fuzz/corpus/virtqueue, whole and with numbers changed: what real drivers
+had in their rings, and mischief that was thought of. One step a line, numbers in any base, +N is N bytes into the
+memory:
+
+    split|packed SIZE                 the kind of ring
+    write ADDRESS HEX                 bytes of the memory
+    desc INDEX ADDRESS LENGTH FLAGS NEXT   a descriptor of a split ring's table
+    slot ADDRESS LENGTH ID FLAGS      the next descriptor of a packed ring
+    avail HEAD, index N               into the available ring; its index, whatever is in it
+    publish, kick, cut SIZE           show what was added; look at it; cut the memory off
+
+A failure prints its seed and what was played.
 """
 
 from __future__ import annotations
@@ -27,11 +38,9 @@ from blkferry.wire.virtio_blk import Type
 
 SIZE = 1 << 20
 PATIENCE = 10.0
-SEEDS = [
-    int(line)
-    for file in sorted((pathlib.Path(__file__).parent / "corpus" / "virtqueue").iterdir())
-    for line in file.read_text().split()
-]
+CORPUS = [file.read_text() for file in sorted((pathlib.Path(__file__).parent / "corpus" / "virtqueue").iterdir())]
+SCRIPTED = 1 << 20
+"""Bytes of memory that a script has."""
 
 
 class Complaints(logging.Handler):
@@ -138,6 +147,71 @@ def play(rng, daemon, node):
     assert not queue.device.root.in_flight.count
 
 
+def number(word, disk):
+    return disk.memory.start + int(word[1:], 0) if word.startswith("+") else int(word, 0)
+
+
+def step(disk, verb, *words):
+    memory, ring = disk.memory, disk.ring
+    match verb:
+        case "write":
+            data = bytes.fromhex(words[1])
+            if memory.start <= number(words[0], disk) <= memory.start + SCRIPTED - len(data):
+                memory.write(number(words[0], disk), data)
+        case "desc":
+            index, address, length, flags, after = (number(word, disk) for word in words)
+            ring.put_descriptor(ring.descriptors, index % ring.size, address, length, flags, after)
+        case "slot":
+            ring.put_slot(*(number(word, disk) for word in words))
+        case "avail":
+            ring.make_available(number(words[0], disk))
+        case "index":
+            ring.avail[1] = number(words[0], disk)
+        case "publish":
+            ring.publish()
+            os.eventfd_write(disk.kick_fd, 1)
+        case "kick":
+            os.eventfd_write(disk.kick_fd, 1)
+        case "cut":
+            os.ftruncate(memory.fd, number(words[0], disk))
+            os.eventfd_write(disk.kick_fd, 1)
+
+
+def changed(rng, script):
+    """The script with some of its numbers changed, steps left out or repeated."""
+    lines = script.splitlines()
+    kind, *steps = lines
+    for _ in range(rng.randrange(1, 5)):
+        at = rng.randrange(len(steps))
+        words = steps[at].split()
+        if len(words) > 1 and words[0] not in ("write", "cut") and rng.random() < 0.8:
+            limit = 1 << (32 if words[0] in ("desc", "slot") else 16)
+            where = rng.randrange(1, len(words))
+            small = (words[0] == "slot" and where > 2) or (words[0] == "desc" and where > 3) or words[0] == "avail"
+            words[where] = rng.choice(["0", "1", "8", "0xffff", str(rng.randrange(1 << 16 if small else limit))])
+            steps[at] = " ".join(words)
+        elif rng.random() < 0.5:
+            steps.insert(at, steps[rng.randrange(len(steps))])
+        elif words[0] != "cut":
+            del steps[at]
+        if not steps:
+            break
+    kept = [each for each in steps if not each.startswith("cut")]
+    return "\n".join([kind, *kept, *(each for each in steps if each.startswith("cut"))])
+
+
+def replay(daemon, script):
+    """A script to its end. The driver of this process must not look at memory that is cut off, so that comes last."""
+    first, *steps = [line.split() for line in script.splitlines() if line.strip() and not line.startswith("#")]
+    features = FEATURES | (int(Feature.RING_PACKED) if first[0] == "packed" else 0)
+    with VirtioDisk(daemon, "m", size=int(first[1]), features=features, memory_size=SCRIPTED) as disk:
+        for words in steps:
+            step(disk, *words)
+        assert len(disk.failures) <= 1, disk.failures
+        queue = disk.queue
+    assert not queue.in_flight.count
+
+
 def serves_still(daemon):
     """Somebody else is served, right and at once."""
     with VirtioDisk(daemon, "other") as disk:
@@ -157,16 +231,23 @@ def main(seconds=10.0, seed=None):
         daemon.execute("blockdev-add", driver="null-co", node_name="n", size=SIZE, latency_ns=100_000)
         daemon.execute("blockdev-add", driver="memory", node_name="other", size=SIZE)
         deadline = time.monotonic() + seconds
-        seeds = list(SEEDS)
-        while seeds or time.monotonic() < deadline:
-            session = seeds.pop(0) if seeds else rng.randrange(1 << 32)
+        scripts = list(CORPUS)
+        while scripts or time.monotonic() < deadline:
+            session, script = rng.randrange(1 << 32), ""
+            if scripts:
+                script = scripts.pop()
+            elif rng.random() < 0.4:
+                script = changed(rng, rng.choice(CORPUS))
             try:
-                play(random.Random(session), daemon, "mn"[session & 1])
+                if script:
+                    replay(daemon, script)
+                else:
+                    play(random.Random(session), daemon, "mn"[session & 1])
                 if sessions % 20 == 0:
                     serves_still(daemon)
                 assert not complaints.texts, complaints.texts
             except BaseException:
-                sys.stderr.write(f"seed {seed}: session {session}\n")
+                sys.stderr.write(f"seed {seed}: session {session}\n{script}\n")
                 raise
             sessions += 1
     sys.stdout.write(f"seed {seed}: {sessions} sessions\n")

@@ -10,9 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from blkferry.plane.buffers import Buffer
-
 Done = Callable[[int], None]
+
+
+class Memory(Protocol):
+    """What bytes are moved from and to: `Buffer`s of ours, or memory that is shared with somebody."""
+
+    @property
+    def address(self) -> int:
+        """Where in this process `view` begins."""
+
+    @property
+    def view(self) -> memoryview: ...
 
 
 class Engine(Protocol):
@@ -20,9 +29,9 @@ class Engine(Protocol):
 
     name: str
 
-    def read(self, fd: int, buffer: Buffer, start: int, length: int, offset: int, done: Done) -> None: ...
+    def read(self, fd: int, buffer: Memory, start: int, length: int, offset: int, done: Done) -> None: ...
 
-    def write(self, fd: int, buffer: Buffer, start: int, length: int, offset: int, flags: int, done: Done) -> None: ...
+    def write(self, fd: int, buffer: Memory, start: int, length: int, offset: int, flags: int, done: Done) -> None: ...
 
     def readv(self, fd: int, pieces: Sequence[memoryview], offset: int, done: Done) -> None:
         """Read into writable memory of any kind, 1024 pieces at most. What is moved may be short for any reason."""

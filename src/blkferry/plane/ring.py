@@ -17,8 +17,7 @@ import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from blkferry.plane.buffers import Buffer
-from blkferry.plane.engine import Done
+from blkferry.plane.engine import Done, Memory
 from blkferry.plane.syscalls import address_of
 
 _SYS_SETUP = 425
@@ -140,10 +139,10 @@ class Ring:
             raise RingUnavailable(os.strerror(code))
         loop.add_reader(self._event_fd, self._signalled)
 
-    def read(self, fd: int, buffer: Buffer, start: int, length: int, offset: int, done: Done) -> None:
+    def read(self, fd: int, buffer: Memory, start: int, length: int, offset: int, done: Done) -> None:
         self._push(_Operation(_OP_READ, fd, offset, buffer.address + start, length, 0, buffer, done))
 
-    def write(self, fd: int, buffer: Buffer, start: int, length: int, offset: int, flags: int, done: Done) -> None:
+    def write(self, fd: int, buffer: Memory, start: int, length: int, offset: int, flags: int, done: Done) -> None:
         self._push(_Operation(_OP_WRITE, fd, offset, buffer.address + start, length, flags, buffer, done))
 
     def readv(self, fd: int, pieces: Sequence[memoryview], offset: int, done: Done) -> None:

@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from blkferry.plane import syscalls
 from blkferry.plane.buffers import Buffer
 from blkferry.plane.drain import InFlight, RangeLock, Uses, uninterrupted
-from blkferry.plane.engine import Done, Engine
+from blkferry.plane.engine import Done, Engine, Memory
 from blkferry.plane.services import Services
 from blkferry.plane.window import Window
 from blkferry.units import SECTOR, align_up
@@ -190,7 +190,7 @@ class Storage:
 
     # Moving bytes ----------------------------------------------------------------------------------------------
 
-    def read(self, buffer: Buffer, start: int, length: int, offset: int, done: Done) -> None:
+    def read(self, buffer: Memory, start: int, length: int, offset: int, done: Done) -> None:
         """Read into a buffer by the engine; `done` gets the count (short only at the end of the file) or -errno."""
         use = self.readers.begin()
 
@@ -200,7 +200,7 @@ class Storage:
 
         self.engine.read(self.fd, buffer, start, length, offset, finish)
 
-    def write(self, buffer: Buffer, start: int, length: int, offset: int, fua: bool, done: Done) -> None:
+    def write(self, buffer: Memory, start: int, length: int, offset: int, fua: bool, done: Done) -> None:
         """Write from a buffer by way of the engine; with `fua` the bytes are durable when `done` is called."""
         use = self.writers.begin()
         flags = os.RWF_DSYNC if fua and not self.no_flush else 0
@@ -288,7 +288,7 @@ class Storage:
         """Whether `fast_write` may be called: nobody is reading the edges of a write in order to write them back."""
         return not self._edge_writers
 
-    def fast_write(self, buffer: Buffer, length: int, offset: int, fua: bool, done: Done) -> None:
+    def fast_write(self, buffer: Memory, length: int, offset: int, fua: bool, done: Done, *, start: int = 0) -> None:
         """`write`, for aligned ranges and without queueing behind others; ask `write_shortcut` first."""
         self._fast_writes.begin()
 
@@ -296,7 +296,7 @@ class Storage:
             self._fast_writes.end()
             done(result)
 
-        self.write(buffer, 0, length, offset, fua, finish)
+        self.write(buffer, start, length, offset, fua, finish)
 
     @contextlib.asynccontextmanager
     async def exclusive(self, start: int, end: int) -> AsyncIterator[None]:

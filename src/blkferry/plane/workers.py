@@ -14,8 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from blkferry.plane.buffers import Buffer
-from blkferry.plane.engine import Done
+from blkferry.plane.engine import Done, Memory
 from blkferry.plane.syscalls import fallocate
 
 THREADS = 8
@@ -42,10 +41,10 @@ class Workers:
         self._threads = 0
         self._idle = 0
 
-    def read(self, fd: int, buffer: Buffer, start: int, length: int, offset: int, done: Done) -> None:
+    def read(self, fd: int, buffer: Memory, start: int, length: int, offset: int, done: Done) -> None:
         self._push(lambda: _read(fd, buffer.view[start : start + length], offset), done)
 
-    def write(self, fd: int, buffer: Buffer, start: int, length: int, offset: int, flags: int, done: Done) -> None:
+    def write(self, fd: int, buffer: Memory, start: int, length: int, offset: int, flags: int, done: Done) -> None:
         self._push(lambda: _write(fd, buffer.view[start : start + length], offset, flags), done)
 
     def readv(self, fd: int, pieces: Sequence[memoryview], offset: int, done: Done) -> None:

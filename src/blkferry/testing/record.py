@@ -22,8 +22,7 @@ from blkferry.extent import Content, Effort, Extent
 from blkferry.graph.descriptor import DescriptorNode
 from blkferry.graph.graph import Graph, Opening
 from blkferry.graph.node import Node
-from blkferry.plane.buffers import Buffer
-from blkferry.plane.engine import Done, Engine
+from blkferry.plane.engine import Done, Engine, Memory
 from blkferry.plane.services import Services
 from blkferry.plane.storage import Storage
 from blkferry.schema.block import BlockdevOptions
@@ -217,10 +216,10 @@ class _Engine:
         else:
             act()
 
-    def read(self, fd: int, buffer: Buffer, start: int, length: int, offset: int, done: Done) -> None:
+    def read(self, fd: int, buffer: Memory, start: int, length: int, offset: int, done: Done) -> None:
         self._act("read", offset, length, lambda: self._engine.read(fd, buffer, start, length, offset, done), done)
 
-    def write(self, fd: int, buffer: Buffer, start: int, length: int, offset: int, flags: int, done: Done) -> None:
+    def write(self, fd: int, buffer: Memory, start: int, length: int, offset: int, flags: int, done: Done) -> None:
         data = buffer.view[start : start + length]
         change = self._log.begin(offset, data, through=bool(flags & os.RWF_DSYNC))
 

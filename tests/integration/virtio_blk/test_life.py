@@ -356,3 +356,48 @@ def test_an_idle_queue_takes_no_time(daemon):
         before = time.process_time()
         time.sleep(0.5)
         assert time.process_time() - before < 0.1
+
+
+@BOTH
+@pytest.mark.parametrize("node", ["m", "slow"])
+def test_all_that_the_device_writes_is_logged(daemon, features, node):
+    """For live migration: every byte that changed, and the log comes before the driver is told."""
+    logged = set()
+    note = logged.update
+    with VirtioDisk(daemon, node, features=features, log=lambda at, length: note(range(at, at + length))) as disk:
+        for kind, data in [(Type.OUT, b"\x55" * 4096), (Type.IN, b""), (Type.GET_ID, b""), (Type.FLUSH, b"")]:
+            disk.block.add(kind, 0, data, length=4096 if kind == Type.IN else 20 if kind == Type.GET_ID else 0)
+            disk.ring.publish()
+            before = bytes(disk.memory.view)
+            os.eventfd_write(disk.kick_fd, 1)
+            eventually(disk.block.collect)
+            daemon.call(disk.queue.pause)
+            after = bytes(disk.memory.view)
+            daemon.call(lambda: _start(disk.queue))
+            changed = {disk.memory.start + at for at in range(32768) if before[at] != after[at]}
+            assert before[32768:] == after[32768:]
+            assert changed
+            assert changed <= logged
+
+
+def test_logging_may_begin_while_requests_wait(daemon, tmp_path):
+    nodes.add(daemon, "direct", tmp_path, SIZE, name="f")
+    logged = []
+    with VirtioDisk(daemon, "f") as disk:
+        storage = daemon.daemon.graph.find("f").storage
+        read, waiting = storage.read, []
+        storage.read = lambda *arguments: waiting.append(arguments)
+        sent = disk.block.add(Type.IN, 0, length=4096)
+        disk.publish()
+        eventually(lambda: waiting)
+        disk.guest.log = lambda at, length: logged.append((at, length))
+
+        async def go_on():
+            storage.read = read
+            read(*waiting[0])
+
+        daemon.call(go_on)
+        disk.wait()
+        assert disk.block.status(sent) == 0
+        assert (sent.data, 4096) in logged
+        assert (sent.status, 1) in logged

@@ -200,18 +200,38 @@ def test_writes_are_durable_at_once_for_a_driver_that_cannot_flush(daemon, node,
         assert device.config()[32] == 0
         storage = daemon.daemon.graph.find(node).storage
         engine, flags = storage.engine, []
-        writev = engine.writev
 
-        def note(fd, pieces, offset, how, done):
-            flags.append(how)
-            writev(fd, pieces, offset, how, done)
+        def note(call):
+            def write(fd, what, *rest):
+                flags.append(rest[-2])
+                call(fd, what, *rest)
 
-        monkeypatch.setattr(engine, "writev", note)
+            return write
+
+        monkeypatch.setattr(engine, "write", note(engine.write))
+        monkeypatch.setattr(engine, "writev", note(engine.writev))
         assert disk.run(Type.OUT, 0, bytes(4096))[0] == OK
-        assert flags == [os.RWF_DSYNC]
+        disk.block.cut = 1000
+        assert disk.run(Type.OUT, 0, bytes(4096))[0] == OK
+        assert flags == [os.RWF_DSYNC] * 2
         device.accept(device.features | int(Blk.FLUSH))
         assert device.writeback
         device.set_writeback(False)
         assert device.config()[32] == 0
         device.reset()
         assert device.writeback
+
+
+@pytest.mark.parametrize("direct", [False, True], ids=["buffered", "direct"])
+def test_a_file_that_ends_amid_a_sector(daemon, tmp_path, direct):
+    path = tmp_path / "odd"
+    path.write_bytes(b"\x55" * (SIZE + 100))
+    daemon.execute("blockdev-add", driver="file", node_name="odd", filename=str(path), cache={"direct": direct})
+    with VirtioDisk(daemon, "odd") as disk:
+        last = SIZE // 512
+        assert disk.device.size == SIZE + 512
+        assert disk.run(Type.IN, last, length=512) == (OK, b"\x55" * 100 + bytes(412))
+        assert disk.run(Type.IN, last - 7, length=4096) == (OK, b"\x55" * (3584 + 100) + bytes(412))
+        assert disk.run(Type.OUT, last, b"\xaa" * 512)[0] == OK
+        assert disk.run(Type.IN, last - 1, length=1024) == (OK, b"\x55" * 512 + b"\xaa" * 512)
+    daemon.execute("blockdev-del", node_name="odd")

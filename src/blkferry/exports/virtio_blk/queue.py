@@ -26,6 +26,7 @@ from blkferry.exports.virtio_blk.limits import TURN_SECONDS
 from blkferry.plane.drain import InFlight
 from blkferry.wire.virtio.chain import Chain, Inflight, Ring, RingError
 from blkferry.wire.virtio.memory import GuestMemory
+from blkferry.wire.virtio.split import SplitRing
 from blkferry.wire.virtio_blk import Status, Type
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from blkferry.exports.virtio_blk.request import Request
 
 log = logging.getLogger(__name__)
+
+_OK, _IN, _OUT = int(Status.OK), int(Type.IN), int(Type.OUT)  # an enum's member takes as long to find as a dict's
 
 STATUS_OF_KIND = {
     kind: Status.UNSUPP if kind in (ErrorKind.UNSUPPORTED, ErrorKind.UNKNOWN_COMMAND) else Status.IOERR
@@ -73,7 +76,7 @@ class Queue:
         self.in_flight = InFlight()
         self._tasks: set[asyncio.Task[None]] = set()
         self._running = False
-        self._broken = False
+        self.broken = False
         self.put_heads: list[int] = []  # and not yet shown; kept only for `inflight`
         self._serving = False
         self._prompt = False  # the driver's last request came as soon as one is waited for
@@ -119,11 +122,11 @@ class Queue:
         assert not self._running
         self.ring, self.memory = ring, memory
 
-    def _fail(self, why: str) -> None:
+    def fail(self, why: str) -> None:
         """Stop for ever: the ring, or the memory it lies in, cannot be trusted."""
-        if self._broken:
+        if self.broken:
             return
-        self._broken = True
+        self.broken = True
         if self.memory.lost:  # whatever that led to
             why = "the driver's memory was cut off"
         log.warning("%s: queue %d stopped: %s", self.device.name, self.index, why)
@@ -140,7 +143,7 @@ class Queue:
             for head, descriptors in self.inflight.pending():
                 turn.execute(self, self.ring.again(head, descriptors), inline_writes=inline_writes)
         except RingError as error:
-            self._fail(str(error))
+            self.fail(str(error))
 
     # Serving ---------------------------------------------------------------------------------------------------
 
@@ -150,7 +153,7 @@ class Queue:
         except BlockingIOError:
             pass
         except OSError as error:
-            self._fail(f"the kick descriptor failed: {error.strerror}")
+            self.fail(f"the kick descriptor failed: {error.strerror}")
             return
         if self.services.poll_seconds:
             # A driver that we slept through looks late by the time it takes to wake up.
@@ -185,10 +188,10 @@ class Queue:
                     return
             services.loop.call_soon(self.kick)
         except RingError as error:
-            self._fail(str(error))
+            self.fail(str(error))
         except Exception:  # our own bug must stop this queue, and nothing else
             log.exception("%s: queue %d", self.device.name, self.index)
-            self._fail("internal error")
+            self.fail("internal error")
         finally:
             self._serving = False
 
@@ -206,17 +209,24 @@ class Queue:
                 return False
         return True
 
+    def execute_again(self, ring: SplitRing, head: int) -> None:
+        """A request that could not be served without taking it apart."""
+        try:
+            turn.execute(self, ring.chain(head), inline_writes=False)
+        except RingError as error:
+            self.fail(str(error))
+
     # Finishing -------------------------------------------------------------------------------------------------
 
     def finish(self, request: Request, status: int) -> None:
         """A request is done; the driver sees it at the end of this turn, or of this batch of completions."""
-        if self._broken:
+        if self.broken:
             return
         request.status[0] = status
-        if status == Status.OK:
-            if request.type == Type.IN:
+        if status == _OK:
+            if request.type == _IN:
                 self.bytes_read += request.length_in
-            elif request.type == Type.OUT:
+            elif request.type == _OUT:
                 self.bytes_written += request.length_out
         self._put(request.chain, request.written)
 
@@ -226,10 +236,18 @@ class Queue:
             chain.writable[-1][-1] = Status.IOERR
         self._put(chain, sum(map(len, chain.writable)))
 
+    def put_head(self, ring: SplitRing, head: int, written: int) -> None:
+        """A request that was not taken apart is done."""
+        ring.put_head(head, written)
+        self._was_put(head)
+
     def _put(self, chain: Chain, written: int) -> None:
         self.ring.put(chain, written)
+        self._was_put(chain.head)
+
+    def _was_put(self, head: int) -> None:
         if self.inflight is not None:
-            self.put_heads.append(chain.head)
+            self.put_heads.append(head)
         if not self._serving and not self._publish_scheduled:
             self._publish_scheduled = True
             self.services.loop.call_soon(self._publish)
@@ -237,10 +255,10 @@ class Queue:
     def _publish(self) -> None:
         """Show the driver what was put."""
         self._publish_scheduled = False
-        if self._broken:
+        if self.broken:
             return
         if self.memory.lost:
-            self._fail("")
+            self.fail("")
             return
         if self.inflight is not None and self.put_heads:
             self.inflight.end(self.put_heads)

@@ -33,11 +33,14 @@ def dispatch(queue: Queue, request: Request, *, inline_writes: bool) -> None:
     if queue.memory.lost:  # what it says may be zeroes that took the place of something else
         queue.finish(request, Status.IOERR)
         return
-    match request.type:
-        case Type.IN:
-            _read(queue, request)
-        case Type.OUT:
-            _write(queue, request, inline=inline_writes)
+    kind = request.type
+    if kind == _IN:
+        _read(queue, request)
+        return
+    if kind == _OUT:
+        _write(queue, request, inline=inline_writes)
+        return
+    match kind:
         case Type.FLUSH:
             _flush(queue, request)
         case Type.GET_ID:
@@ -80,7 +83,7 @@ def _read(queue: Queue, request: Request) -> None:
         queue.finish(request, Status.IOERR)
         return
     if not length:
-        queue.finish(request, Status.OK)
+        queue.finish(request, _OK)
         return
     stretches = queue.device.places.stretches(offset, length) if length <= MAX_INLINE else None
     if stretches is not None and len(stretches) <= MAX_ENGINE_PIECES:
@@ -112,7 +115,7 @@ def _read_now(queue: Queue, request: Request, parts: list[tuple[Storage, int, li
         except OSError as error:
             failed(queue, request, error)
             return True
-    queue.finish(request, Status.OK)
+    queue.finish(request, _OK)
     return True
 
 
@@ -137,7 +140,7 @@ def _read_later(
         elif failure:
             failed(queue, request, OSError(failure, os.strerror(failure)))
         else:
-            queue.finish(request, Status.OK)
+            queue.finish(request, _OK)
         queue.end()
 
     queue.begin()
@@ -156,7 +159,7 @@ def _write(queue: Queue, request: Request, *, inline: bool) -> None:
         queue.finish(request, Status.IOERR)
         return
     if not length:
-        queue.finish(request, Status.OK)
+        queue.finish(request, _OK)
         return
     root = device.root
     spot = device.places.in_place(offset, length) if length <= MAX_INLINE else None
@@ -170,7 +173,7 @@ def _write(queue: Queue, request: Request, *, inline: bool) -> None:
         storage.dirty += 1  # at once: a flush may follow in this very turn
         try:
             if os.pwritev(storage.fd, request.data_out, place) == length:
-                queue.finish(request, Status.OK)
+                queue.finish(request, _OK)
                 return
         except OSError as error:
             failed(queue, request, error)
@@ -185,7 +188,7 @@ def _write(queue: Queue, request: Request, *, inline: bool) -> None:
 
     def written(result: int) -> None:
         if result == length:
-            queue.finish(request, Status.OK)
+            queue.finish(request, _OK)
         elif result >= 0 or result == -errno.EINVAL:  # cut short, or memory that O_DIRECT cannot take
             queue.spawn(request, slow.write(queue, request, offset))
         else:
@@ -210,7 +213,7 @@ def _put(queue: Queue, request: Request, offset: int) -> bool:
     except OSError as error:
         failed(queue, request, error)
     else:
-        queue.finish(request, Status.OK)
+        queue.finish(request, _OK)
     return True
 
 
@@ -227,7 +230,7 @@ def _flush(queue: Queue, request: Request) -> None:
         if result < 0:
             failed(queue, request, OSError(-result, os.strerror(-result)))
         else:
-            queue.finish(request, Status.OK)
+            queue.finish(request, _OK)
         queue.end()
 
     queue.begin()
@@ -239,7 +242,7 @@ def _get_id(queue: Queue, request: Request) -> None:
     for piece in gather(request.data_in, 0, ID_BYTES):
         piece[:] = serial[: len(piece)]
         serial = serial[len(piece) :]
-    queue.finish(request, Status.OK)
+    queue.finish(request, _OK)
 
 
 def _remap(queue: Queue, request: Request) -> None:
@@ -260,7 +263,7 @@ def _remap(queue: Queue, request: Request) -> None:
         queue.finish(request, Status.IOERR)
         return
     if not length:
-        queue.finish(request, Status.OK)
+        queue.finish(request, _OK)
     elif zeroes:
         queue.spawn(request, slow.write_zeroes(queue, offset, length, unmap=bool(segment.flags & UNMAP)))
     else:

@@ -29,6 +29,7 @@ from blkferry.exports.virtio_blk.limits import (
     ZEROES,
 )
 from blkferry.exports.virtio_blk.request import Malformed, Request
+from blkferry.exports.virtio_blk.transfer import Transfer
 from blkferry.plane.window import REGION_BITS
 from blkferry.wire.virtio.chain import INDIRECT, NEXT, WRITE, Chain
 from blkferry.wire.virtio.split import DESCRIPTOR, USED_ELEM, SplitRing
@@ -99,7 +100,7 @@ def _straight(queue: Queue, ring: SplitRing, *, inline_writes: bool) -> int:
     if inflight is not None:
         inflight.begin(heads)
     places = device.places
-    read_end = write_end = hot_end = map_end = delta = inline_flags = hot = bits = mark_bits = 0
+    data_end = later_end = read_end = write_end = hot_end = map_end = delta = inline_flags = hot = bits = mark_bits = 0
     fd = -1
     marks, mapped, window, pieces, marking, marked = bytearray(), ZEROES, None, None, None, None
     storage: Storage
@@ -107,8 +108,9 @@ def _straight(queue: Queue, ring: SplitRing, *, inline_writes: bool) -> int:
     now = places.turn
     whole = places.whole
     if whole is not None:
-        lane, delta, _, read_end, write_end = whole
+        lane, delta, data_end, read_end, write_end = whole
         assert lane is not None
+        later_end = write_end
         storage, fd, inline_flags, marks, _, map_end, hot, window = lane.ready(now)
         if window is not None:
             mapped = window.copies
@@ -131,20 +133,22 @@ def _straight(queue: Queue, ring: SplitRing, *, inline_writes: bool) -> int:
         USED_ELEM.pack_into,
     )
     preadv, pwritev, put = os.preadv, os.pwritev, queue.put_heads
-    home = base, limit, view = data_base, data_limit, data_view = memory.home
+    home = data_home = memory.home
+    base, limit, view, _ = home
+    data_base, data_limit, data_view, _ = data_home
     for head in heads:
         straight = False
         if head < size:
             at, length, flags, after = unpack(table, head << 4)
             if not base <= at < limit:
-                home = base, limit, view = memory.locate(at)
+                home = base, limit, view, _ = memory.locate(at)
             if flags == INDIRECT and length == 48 and indirect and base <= at <= limit - 48:
                 at, length, flags, after, data, count, data_flags, third, status, one, last, _ = unpack_table(
                     view, at - base
                 )
                 straight = flags == NEXT and after == 1 and third == 2
                 if not base <= at < limit:
-                    home = base, limit, view = memory.locate(at)
+                    home = base, limit, view, _ = memory.locate(at)
             elif flags == NEXT and after < size:
                 data, count, data_flags, after = unpack(table, after << 4)
                 if after < size:
@@ -152,7 +156,7 @@ def _straight(queue: Queue, ring: SplitRing, *, inline_writes: bool) -> int:
                     straight = True
             if straight:
                 if not data_base <= data < data_limit:
-                    data_base, data_limit, data_view = memory.locate(data)
+                    data_home = data_base, data_limit, data_view, _ = memory.locate(data)
                 straight = (
                     length == 16
                     and one == 1
@@ -174,6 +178,8 @@ def _straight(queue: Queue, ring: SplitRing, *, inline_writes: bool) -> int:
                     else:  # its driver finds the place as fast, and most such writes allocate
                         piece = NOWHERE
                 lane, delta, piece_end, read_end, write_end = piece
+                data_end = piece_end if lane is not None else 0
+                later_end = write_end
                 if lane is not current and lane is not None:
                     current = lane
                     storage, fd, inline_flags, marks, _, map_end, hot, window = lane.ready(now)
@@ -220,6 +226,10 @@ def _straight(queue: Queue, ring: SplitRing, *, inline_writes: bool) -> int:
                         if inflight is not None:
                             put.append(head)
                         continue
+                if offset + count <= data_end:
+                    transfer = Transfer(queue, ring, head, home, status, data, count, is_read=True)
+                    if transfer.read(storage, offset + delta, data_home):
+                        continue
                 elif pieces is not None and lane is None and offset + count <= piece_end and count <= len(ZEROES):
                     data_view[start : start + count] = ZEROES[:count]
                     view[status - base] = 0
@@ -232,7 +242,7 @@ def _straight(queue: Queue, ring: SplitRing, *, inline_writes: bool) -> int:
             elif (
                 kind == _OUT
                 and data_flags == _OUT_FLAGS
-                and offset + count <= write_end
+                and offset + count <= later_end
                 and 0 < count <= MAX_INLINE
                 and not (count & 511 or offset & unaligned)
                 and not memory.lost  # the sector may be zeroes that took its place
@@ -242,27 +252,32 @@ def _straight(queue: Queue, ring: SplitRing, *, inline_writes: bool) -> int:
                     if not marked[stretch] or offset + count > stretch + 1 << mark_bits:
                         assert marking is not None
                         marking.mark(offset, count)
-                start = data - data_base
-                storage.dirty += 1  # at once: a flush may follow in this very turn
-                try:
-                    done = pwritev(fd, (data_view[start : start + count],), offset + delta) == count
-                except OSError:
-                    done = False  # as above: writing the same again is no harm
-                if done:
-                    view[status - base] = 0
-                    pack_used(used_ring, 4 + ((used & mask) << 3), head, 1)
-                    queue.bytes_written += count
-                    used = used + 1 & 0xFFFF
-                    if inflight is not None:
-                        put.append(head)
-                    continue
+                if write_end:
+                    start = data - data_base
+                    storage.dirty += 1  # at once: a flush may follow in this very turn
+                    try:
+                        done = pwritev(fd, (data_view[start : start + count],), offset + delta) == count
+                    except OSError:
+                        done = False  # as above: writing the same again is no harm
+                    if done:
+                        view[status - base] = 0
+                        pack_used(used_ring, 4 + ((used & mask) << 3), head, 1)
+                        queue.bytes_written += count
+                        used = used + 1 & 0xFFFF
+                        if inflight is not None:
+                            put.append(head)
+                        continue
+                else:
+                    transfer = Transfer(queue, ring, head, home, status, data, count, is_read=False)
+                    if transfer.write(storage, offset + delta, data_home):
+                        continue
         # Everything that is not the common case leaves the straight line here.
         ring.next_used = used
         execute(queue, ring.chain(head), inline_writes=inline_writes)
         used = ring.next_used
         bits = places.bits
         if whole is not None and places.whole is not whole:
-            read_end = write_end = 0  # what the node said of its place is void; the next turn asks again
+            data_end = read_end = later_end = 0  # what the node said of its place is void; the next turn asks again
     ring.next_used = used
     memory.home = home
     return len(heads)

@@ -24,9 +24,9 @@ def host_address(view: memoryview) -> int:
 
 
 class Region:
-    """`length` bytes of the guest's memory from address `guest_start`, which are `view`."""
+    """`length` bytes of the guest's memory from `guest_start`: `view`, which is at `address` in this process."""
 
-    __slots__ = ("guest_end", "guest_start", "host_start", "length", "view", "writable")
+    __slots__ = ("address", "guest_end", "guest_start", "length", "view", "writable")
 
     def __init__(self, guest_start: int, length: int, view: memoryview) -> None:
         if length <= 0 or length > len(view) or guest_start < 0 or guest_start + length > 1 << 64:
@@ -36,13 +36,13 @@ class Region:
         self.length = length
         self.view = view[:length]
         self.writable = not view.readonly
-        self.host_start = host_address(view)
+        self.address = host_address(view)
 
 
-Home = tuple[int, int, memoryview]
-"""Start, end and bytes of a region that may be read and written."""
+Home = tuple[int, int, memoryview, Region]
+"""Start, end and bytes of a region that may be read and written, and that region."""
 
-NO_HOME: Final[Home] = (1, 0, memoryview(b""))
+NO_HOME: Final[Home] = (1, 0, memoryview(b""), Region(0, 1, memoryview(b"\0")))
 
 
 class GuestMemory:
@@ -104,7 +104,7 @@ class GuestMemory:
             region = self.region(address)
         except MemoryFault:
             return NO_HOME
-        return (region.guest_start, region.guest_end, region.view) if region.writable else NO_HOME
+        return (region.guest_start, region.guest_end, region.view, region) if region.writable else NO_HOME
 
     def pieces(self, address: int, length: int, *, write: bool = False) -> list[memoryview]:
         """The bytes of a range, in order; one piece unless it crosses regions that lie side by side."""

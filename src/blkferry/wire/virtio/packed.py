@@ -16,6 +16,7 @@ from blkferry.wire.virtio.chain import (
     MAX_DESCRIPTORS,
     MAX_SIZE,
     NEXT,
+    OUT_OF_ORDER,
     WRITE,
     Chain,
     DescFlag,
@@ -140,15 +141,31 @@ class PackedRing:
         return chain
 
     def again(self, head: int, descriptors: Sequence[Descriptor]) -> Chain:
-        chain = Chain(head, [], [], [], len(descriptors), descriptors)
         if head >= self.size:  # ids are the driver's, who has no use for more of them than descriptors
             raise RingError(f"buffer id {head} in a ring of {self.size}")
+        chain = Chain(head, [], [], [], len(descriptors), descriptors)
         for address, length, _, flags in descriptors:
             if flags & INDIRECT:
                 self._add_indirect(chain, address, length, flags)
             else:
-                add(chain, self.memory, address, length, flags)
+                self._add(chain, address, length, flags)
         return chain
+
+    def _add(self, chain: Chain, address: int, length: int, flags: int) -> None:
+        """One buffer; mostly it lies in the region in which something was found last."""
+        base, limit, view, _ = self.memory.home
+        end = address + length
+        if not base <= address < end <= limit:
+            add(chain, self.memory, address, length, flags)
+            if not base <= address < limit:
+                self.memory.home = self.memory.locate(address)
+        elif flags & WRITE:
+            chain.writable.append(view[address - base : end - base])
+            chain.spans.append((address, length))
+        elif chain.writable:
+            raise RingError(OUT_OF_ORDER)
+        else:
+            chain.readable.append(view[address - base : end - base])
 
     def _add_indirect(self, chain: Chain, address: int, length: int, flags: int) -> None:
         """A table elsewhere, in order and without flags but WRITE (section 2.8.7)."""
@@ -165,13 +182,14 @@ class PackedRing:
         for where, count, _, marks in DESCRIPTOR.iter_unpack(table):
             if marks & INDIRECT:
                 raise RingError("an indirect descriptor within a table")
-            add(chain, self.memory, where, count, marks & WRITE)
+            self._add(chain, where, count, marks)
 
     # Giving back -----------------------------------------------------------------------------------------------
 
     def put(self, chain: Chain, written: int) -> None:
-        for address, length in chain.spans:
-            self.memory.wrote(address, length)
+        if self.memory.log is not None:
+            for address, length in chain.spans:
+                self.memory.log(address, length)
         _USED.pack_into(self._descriptors, 16 * self._used + 8, written, chain.head)
         flags = (_AVAIL | _USED_FLAG) if self._used_wrap else 0
         if written:

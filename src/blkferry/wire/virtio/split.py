@@ -160,7 +160,7 @@ class SplitRing:
         if head >= count:
             raise RingError(f"descriptor {head} of a table of {count}")
         memory, unpack = self.memory, DESCRIPTOR.unpack_from
-        base, limit, view = memory.home
+        base, limit, view, _ = memory.home
         chain = Chain(head, [], [], [])
         _, readable, writable, spans, _, _ = chain
         for _ in range(MAX_DESCRIPTORS):
@@ -171,7 +171,7 @@ class SplitRing:
                 continue
             end = address + length
             if not (base <= address < end <= limit):  # in another region than the last one, or nowhere
-                base, limit, view = memory.locate(address)
+                base, limit, view, _ = memory.locate(address)
             if base <= address < end <= limit:
                 if flags & WRITE:
                     writable.append(view[address - base : end - base])
