@@ -36,6 +36,8 @@ SHALLOW = Target(iops=0.9)
 LARGE_READ = Target(cpu=0.4)
 ENCRYPTED_READ = Target(iops=1.0)
 ALLOCATING = Target(iops=1.0)
+GUEST_SHALLOW = Target(iops=1.5)
+GUEST = Target(iops=1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,7 @@ class Row:
     direct: bool = False
     iothread: bool = False
     tls: bool = False
+    vhost_user: bool = False  # the client is qemu-img bench, which goes through the image in order
     servers: tuple[Server, ...] = EVERYONE
     target: Target = NO_TARGET
     most_bytes: int | None = None  # a run over a cold cache ends before it has warmed much of it
@@ -209,5 +212,25 @@ ROWS = (
         iothread=True,
         target=DEEP,
         note="nbdkit knows no iothreads and runs as ever.",
+    ),
+    *(
+        Row(
+            f"vhost-user-{image_name}{name}",
+            f"vhost-user-blk, {title}, page cache{', qcow2' if image is Image.QCOW2 else ''}",
+            pattern,
+            block_size,
+            depth,
+            image=image,
+            vhost_user=True,
+            servers=(BLKFERRY, QSD),
+            target=target,
+        )
+        for image, image_name in ((Image.RANDOM, ""), (Image.QCOW2, "qcow2-"))
+        for name, title, pattern, block_size, depth, target in (
+            ("read-4k-qd1", "4 KiB read, QD 1", "read", K4, 1, GUEST_SHALLOW),
+            ("read-4k-qd32", "4 KiB read, QD 32", "read", K4, 32, GUEST),
+            ("read-256k-qd8", "256 KiB read, QD 8", "read", K256, 8, GUEST),
+            ("write-4k-qd32", "4 KiB write, QD 32", "write", K4, 32, GUEST),
+        )
     ),
 )
