@@ -42,9 +42,9 @@ class Guest:
         self._port, theirs = socket.socketpair()
         with theirs:
             image = directory / "initramfs"
-            image.write_bytes(initramfs.build(_modules()))
+            image.write_bytes(initramfs.build(modules()))
             self._process = subprocess.Popen(
-                [*_machine(), *_kernel(image), *_devices(self.console, theirs.fileno()), *devices],
+                [*_machine(), *kernel(image), *_devices(self.console, theirs.fileno()), *devices],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
             )
@@ -133,7 +133,7 @@ def _root() -> Path:
     return Path(runner).with_name("root")
 
 
-def _modules() -> Path:
+def modules() -> Path:
     (modules,) = (_root() / "usr/lib/modules").iterdir()
     return modules
 
@@ -149,7 +149,7 @@ def _machine() -> list[str]:
     ]
 
 
-def _kernel(image: Path) -> list[str]:
+def kernel(image: Path) -> list[str]:
     (kernel,) = (_root() / "boot").glob("vmlinuz-*")
     return ["-kernel", str(kernel), "-initrd", str(image), "-append", _KERNEL_OPTIONS]
 
