@@ -1,13 +1,14 @@
 """A guest that works with its vhost-user disk is migrated while it runs, from one export of the image to another.
 
-What the back end writes to the guest's memory has to be in the dirty log, or the guest goes on with old pages: of its
-rings, and then it stands still, or of what it read.
+What the back end writes to the guest's memory has to be in the dirty log, or the guest goes on with pages as they were
+before it read something to them. (Its rings are sent by QEMU in any case.)
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import random
 import socket
 import subprocess
 import time
@@ -23,6 +24,8 @@ from peers import KERNEL, peer, requires
 pytestmark = [requires(KERNEL, "qemu-system-x86_64"), pytest.mark.timeout(300)]
 PATIENCE = 90.0
 MEMORY = "256M"
+KERNEL_OPTIONS = "console=ttyS0 quiet mitigations=off nokaslr init_on_alloc=0"
+"""A page that is filled by the disk must not be dirty already because the kernel has zeroed it."""
 INIT = """\
 #!/bin/busybox sh
 PATH=/bin
@@ -32,13 +35,17 @@ mount -t devtmpfs devtmpfs dev
 mkdir proc files
 mount -t proc proc proc
 mount -t tmpfs files files
+content() {{ dd if=/dev/vda bs=64k count=64 2>/dev/null | md5sum; }}
+expected=$(content)
 round=0
 while true; do
-    dd if=/dev/urandom of=/files/written bs=64k count=16
-    dd if=/files/written of=/dev/vda bs=64k count=16 seek=$((round % 50 * 16)) conv=fsync
+    # Other pages of memory are read to each time, which stay there for a while.
+    dd if=/dev/urandom of=/files/filler bs=1M count=$((round % 3 + 1))
     echo 3 >/proc/sys/vm/drop_caches
-    dd if=/dev/vda of=/files/read bs=64k count=16 skip=$((round % 50 * 16))
-    cmp /files/written /files/read || echo "ANOTHER" >/dev/ttyS0
+    for look in 1 2 3 4 5; do
+        test "$(content)" = "$expected" || echo "ANOTHER" >/dev/ttyS0
+    done
+    dd if=/files/filler of=/dev/vda bs=64k count=16 seek=$((64 + round % 50 * 16)) conv=fsync
     round=$((round + 1))
     echo "ROUND $round" >/dev/ttyS0
 done 2>/dev/null
@@ -59,7 +66,7 @@ class Machine:
             *(*peer("setpriv"), "--pdeathsig", "KILL", "qemu-system-x86_64", "-accel", "tcg,thread=single"),
             *("-machine", "q35,memory-backend=memory", "-m", MEMORY, "-nodefaults", "-no-user-config"),
             *("-object", f"memory-backend-memfd,id=memory,size={MEMORY},share=on", "-display", "none"),
-            *kernel(image),
+            *(*kernel(image), "-append", KERNEL_OPTIONS),
             *("-serial", f"file:{self._console}", "-qmp", f"unix:{self._qmp},server=on,wait=off"),
             *("-chardev", f"socket,id=disk,path={sockets / name}", "-device", "vhost-user-blk-pci,chardev=disk"),
         ]
@@ -67,9 +74,9 @@ class Machine:
 
     @property
     def rounds(self) -> int:
-        """How often it has written, read and compared."""
+        """How often it has read, looked again, and written."""
         said = self._console.read_text(errors="replace")
-        assert "ANOTHER" not in said, "the guest read something else than it wrote"
+        assert "ANOTHER" not in said, "the guest finds something else than it read"
         return said.count("ROUND")
 
     def until(self, condition) -> None:
@@ -98,8 +105,7 @@ class Machine:
 
 def test_a_guest_moves_while_it_works(tmp_path, sockets):
     disk = tmp_path / "disk"
-    with disk.open("wb") as file:
-        file.truncate(64 << 20)
+    disk.write_bytes(random.Random(1).randbytes(4 << 20) + bytes(64 << 20))
     options = ["--blockdev", f"file,node-name=disk,filename={disk}"]
     for name in ("here", "there"):
         export = f"vhost-user-blk,id={name},node-name=disk,addr.type=unix,addr.path={sockets / name},writable=on"
@@ -108,17 +114,15 @@ def test_a_guest_moves_while_it_works(tmp_path, sockets):
         stack.enter_context(Server(tmp_path, *options))
         here = Machine(tmp_path, sockets, "here")
         stack.callback(here.kill)
-        here.until(lambda: here.rounds >= 3)
+        here.until(lambda: here.rounds >= 2)
         where = f"unix:{sockets / 'migration'}"
         there = Machine(tmp_path, sockets, "there", "-incoming", where)
         stack.callback(there.kill)
         there.until((sockets / "migration").exists)
-        before = here.rounds
         here.execute("migrate-set-parameters", **{"max-bandwidth": 200 << 20})
         here.execute("migrate", uri=where)
         here.until(lambda: here.execute("query-migrate").get("status") == "completed")
-        assert here.rounds > before  # it worked all the time
         assert here.execute("query-migrate")["ram"]["dirty-sync-count"] > 1
-        there.until(lambda: there.rounds >= 5)
+        there.until(lambda: there.rounds >= 3)
         here.kill()
         assert "violation" not in (tmp_path / "server.log").read_text()
