@@ -2,7 +2,7 @@
 
 CI runs a few thousand requests. By hand, on other occasions, ten million:
 
-    BLKFERRY_ALTERNATING=10000000 pytest --timeout=0 tests/integration/virtio_blk/test_notifications.py
+    BLKFERRY_ALTERNATING=10000000 pytest --timeout=0 tests/integration/virtio_blk/test_virtqueue_notifications.py
 """
 
 import os

@@ -168,6 +168,18 @@ def test_a_device_moves_to_another_loop_while_its_driver_goes_on(daemon, feature
             assert disk.run(Type.IN, 8 * turn, length=4096) == (0, data)
 
 
+def test_a_driver_is_notified_when_somebody_else_goes_on(daemon):
+    """Who had the ring before may have been killed between showing that something is done and telling of it."""
+    with VirtioDisk(daemon, "m") as disk:
+        disk.run(Type.IN, length=512)
+        daemon.call(disk.queue.stop)
+        os.eventfd_write(disk.call_fd, 1)
+        assert os.eventfd_read(disk.call_fd)
+        disk.queue = disk.make_queue()
+        daemon.call(lambda: _start(disk.queue))
+        assert os.eventfd_read(disk.call_fd) == 1
+
+
 class Notes:
     """What a transport keeps of what is in flight, with the order of events."""
 

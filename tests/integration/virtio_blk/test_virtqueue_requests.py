@@ -1,13 +1,16 @@
 """What a driver asks is done, over every kind of node, with every kind of ring; and what it may not ask is refused."""
 
+import itertools
 import os
 import random
 import struct
+import time
 
 import pytest
 
 from blkferry.testing import nodes
 from blkferry.testing.daemon import DaemonThread
+from blkferry.testing.virtio import NEXT, WRITE
 from blkferry.testing.virtio_device import FEATURES, VirtioDisk
 from blkferry.wire.virtio.features import Feature
 from blkferry.wire.virtio_blk import Feature as Blk
@@ -29,18 +32,33 @@ def daemon(request):
 def node(daemon, request, tmp_path):
     """The name of a node of the kind that the test asks for."""
     kind = getattr(request, "param", "buffered")
-    nodes.add(daemon, kind, tmp_path, SIZE, name="n")
+    if kind == "qcow2":
+        add_qcow2(daemon, tmp_path / "n.qcow2")
+    else:
+        nodes.add(daemon, kind, tmp_path, SIZE, name="n")
     yield "n"
     for name in ("n", "n-file", "n-below"):
         if name in daemon.daemon.graph.nodes:
             daemon.execute("blockdev-del", node_name=name)
 
 
+def add_qcow2(daemon, path):
+    path.touch()
+    daemon.execute("blockdev-add", driver="file", node_name="n-file", filename=str(path), discard="unmap")
+    daemon.execute("blockdev-create", job_id="j", options={"driver": "qcow2", "file": "n-file", "size": SIZE})
+    deadline = time.monotonic() + 10
+    while daemon.execute("query-jobs")[0]["status"] != "concluded":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    daemon.execute("job-dismiss", id="j")
+    daemon.execute("blockdev-add", driver="qcow2", node_name="n", file="n-file", discard="unmap")
+
+
 def segment(sector, sectors, flags=0):
     return struct.pack("<QII", sector, sectors, flags)
 
 
-@pytest.mark.parametrize("node", [*nodes.KINDS, *nodes.SHUFFLED], indirect=True)
+@pytest.mark.parametrize("node", [*nodes.KINDS, *nodes.SHUFFLED, "qcow2"], indirect=True)
 @pytest.mark.parametrize("features", [FEATURES, PACKED], ids=["split", "packed"])
 def test_histories_agree_with_a_model(daemon, node, features):
     """Several requests at once, whose ranges do not overlap, in descriptors cut anywhere."""
@@ -159,6 +177,46 @@ def test_how_a_request_is_cut_into_descriptors_means_nothing(daemon, node, featu
                 assert memory.read(where + 16, 513) == bytes(range(256)) * 2 + b"\0"
 
 
+def test_an_indirect_table_is_chained_as_it_says(daemon, node):
+    """Section 2.7.5.3: by the next field, which need not be the entry that follows."""
+    with VirtioDisk(daemon, node) as disk:
+        assert disk.run(Type.OUT, 0, b"\x55" * 512)[0] == OK
+        memory = disk.memory
+        header, data, status, table = (memory.allocate(512, 512) for _ in range(4))
+        memory.write(header, struct.pack("<IIQ", Type.IN, 0, 0))
+        for order in ((0, 1, 2), (0, 2, 1), (1, 2, 0)):
+            memory.write(data, bytes(512))
+            memory.write(status, b"\xff")
+            head = disk.ring.add([(header, 16, False), (data, 512, True), (status, 1, True)], table=table)
+            entries = [(header, 16, NEXT), (data, 512, NEXT | WRITE), (status, 1, WRITE)]
+            for at, (address, length, flags) in zip(order, entries, strict=True):
+                after = dict(itertools.pairwise(order)).get(at, 0)
+                disk.ring.put_descriptor(memory.at(table, 48), at, address, length, flags, after)
+            disk.publish()
+            while (used := disk.ring.take()) is None:
+                pass
+            if order[0]:  # the chain begins with the first entry of the table, which is its status
+                assert used == (head, 1)
+                assert memory.read(status, 1) == b"\1"
+            else:
+                assert used == (head, 513)
+                assert memory.read(data, 512) == b"\x55" * 512
+                assert memory.read(status, 1) == b"\0"
+
+
+def test_an_indirect_table_that_leads_out_of_itself(daemon, node):
+    with VirtioDisk(daemon, node) as disk:
+        disk.block.indirect = True
+        sent = disk.block.add(Type.IN, 0, length=512)
+        table = disk.memory.allocate(0) - 48
+        disk.ring.put_descriptor(disk.memory.at(table, 48), 1, sent.data, 512, NEXT | WRITE, 3)
+        disk.publish()
+        deadline = time.monotonic() + 5
+        while not disk.failures and not disk.ring.take():
+            assert time.monotonic() < deadline
+        assert disk.failures == ["descriptor 3 of a table of 3"]
+
+
 def test_a_request_without_header_or_status_fails_alone(daemon, node):
     with VirtioDisk(daemon, node) as disk:
         where = disk.memory.allocate(64)
@@ -235,3 +293,23 @@ def test_a_file_that_ends_amid_a_sector(daemon, tmp_path, direct):
         assert disk.run(Type.OUT, last, b"\xaa" * 512)[0] == OK
         assert disk.run(Type.IN, last - 1, length=1024) == (OK, b"\x55" * 512 + b"\xaa" * 512)
     daemon.execute("blockdev-del", node_name="odd")
+
+
+@pytest.mark.parametrize("node", ["buffered", "qcow2", "direct"], indirect=True)
+def test_dirty_bitmaps_hear_of_every_write(daemon, node):
+    with VirtioDisk(daemon, node) as disk:
+        assert disk.run(Type.OUT, 0, bytes(SIZE // 2))[0] == OK, "so that what follows overwrites"
+        daemon.execute("block-dirty-bitmap-add", node=node, name="b", granularity=4096)
+        bitmap = daemon.daemon.graph.find(node).dirty_bitmaps["b"]
+        wanted = set()
+        for granule in (3, 3, 40, 200):
+            assert disk.run(Type.OUT, 8 * granule, b"\x55" * 4096)[0] == OK
+            wanted.add(granule)
+            assert bitmap.dirty_bytes == 4096 * len(wanted)
+        assert disk.run(Type.OUT, 8 * 50 + 7, b"\x55" * 1024)[0] == OK
+        assert bitmap.dirty_bytes == 4096 * (len(wanted) + 2)
+        assert disk.run(Type.WRITE_ZEROES, 0, segment(8 * 60, 8))[0] == OK
+        assert bitmap.dirty_bytes == 4096 * (len(wanted) + 3)
+        daemon.execute("block-dirty-bitmap-clear", node=node, name="b")
+        assert disk.run(Type.OUT, 8 * 3, b"\x66" * 4096)[0] == OK
+        assert bitmap.dirty_bytes == 4096
