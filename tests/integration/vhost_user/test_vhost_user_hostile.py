@@ -135,7 +135,7 @@ def test_memory_that_is_cut_off_ends_that_disk_only(host, caplog, tmp_path):
             assert vring.run(Type.IN, 0, length=512) == (0, bytes(512))
             os.ftruncate(memory.fd, 0)
             os.eventfd_write(vring.kick_fd, 1)
-            while "vring 0" not in caplog.text:
+            while "queue 0 stopped" not in caplog.text:
                 assert beside.run(Type.IN, 0, length=512) == (0, bytes(512))
             assert front.ask(Request.GET_QUEUE_NUM, wire.U64).value == 1
             assert os.eventfd_read(vring.err_fd) == 1
@@ -150,9 +150,10 @@ def test_a_ring_that_makes_no_sense_stops(host, caplog):
         vring, beside = front.run(), bystander.run()
         vring.ring.make_available(999)
         vring.publish()
-        while "vring 0" not in caplog.text:
+        while "queue 0 stopped" not in caplog.text:
             assert beside.run(Type.IN, 0, length=512) == (0, bytes(512))
         assert os.eventfd_read(vring.err_fd) == 1
+        assert front.ask(Request.GET_STATUS, wire.U64).value == 64
         front.stop(vring)  # the guest may begin anew
         again = front.make_vring()
         front.start(again)

@@ -91,17 +91,20 @@ class Connection:
         """Let go of the loop, and keep the front end; return when nothing is in flight."""
         self._paused = True
         self._stop_reading()
-        if self._task is not None:
-            await asyncio.wait([self._task])
+        await self._settled()
         await self.session.pause()
 
     async def drain(self) -> None:
         """Take no more requests; return when what was taken is answered."""
         self._paused = True
         self._stop_reading()
-        if self._task is not None:
-            await asyncio.wait([self._task])
+        await self._settled()
         await self.session.halt()
+
+    async def _settled(self) -> None:
+        """Wait until nothing is being done, neither for a message nor because the end has come."""
+        while self._task is not None and not self._task.done():
+            await asyncio.wait([self._task])
 
     def close(self, why: str = "") -> None:
         """Close the socket, and let what is in flight run to its end."""
@@ -112,8 +115,7 @@ class Connection:
         self._stop_reading()
         self._sock.close()
         self._close_fds(self._receiver.fds)
-        ending = self._services.loop.create_task(self._end(self._task))
-        self._task = ending
+        self._task = asyncio.get_running_loop().create_task(self._end(self._task))
 
     async def _end(self, before: asyncio.Task[None] | None) -> None:
         if before is not None:

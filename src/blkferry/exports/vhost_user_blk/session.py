@@ -53,6 +53,10 @@ OF_TRANSPORT: Final = LOG_ALL | PROTOCOL_FEATURES
 """Feature bits that are the protocol's own business."""
 
 
+NEEDS_RESET: Final = 64
+"""The bit of the device status by which a device says that it cannot go on (virtio 1.3, section 2.1)."""
+
+
 class Reply(NamedTuple):
     """What a message that asks for something is answered with."""
 
@@ -120,8 +124,8 @@ class Session:
     def requests(self) -> int:
         return sum(vring.requests for vring in self.vrings)
 
-    def _ring_failed(self, why: str) -> None:
-        log.warning("%s: %s", self._name, why)
+    def _ring_failed(self) -> None:
+        self._status |= NEEDS_RESET
 
     def _vring(self, index: int) -> Vring:
         if index >= len(self.vrings):

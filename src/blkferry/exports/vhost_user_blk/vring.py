@@ -30,7 +30,7 @@ WRAP = 1 << 15
 class Vring:
     """Ring `index` of a device. `failed` is told when the ring makes no sense and is not served any more."""
 
-    def __init__(self, index: int, device: Device, memory: MemoryTable, failed: Callable[[str], None]) -> None:
+    def __init__(self, index: int, device: Device, memory: MemoryTable, failed: Callable[[], None]) -> None:
         self.index = index
         self.device = device
         self._memory = memory
@@ -116,8 +116,9 @@ class Vring:
         self._signal(self.call)
 
     def _fail(self, why: str) -> None:
+        del why  # the queue has said it
         self._signal(self._fds["err"])
-        self._failed(f"vring {self.index}: {why}")
+        self._failed()
 
     @staticmethod
     def _signal(fd: int) -> None:
