@@ -1,4 +1,4 @@
-"""What the barrier is made of; that it works is shown by tests/integration/virtio_blk/test_virtqueue_notifications.py."""
+"""What the barrier is made of; that it works is shown by test_virtqueue_notifications, with another process."""
 
 from blkferry.wire.virtio.order import Fence
 
