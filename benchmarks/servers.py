@@ -7,9 +7,11 @@ same access (read-only or writable, iothread or not) for all. It knows nothing o
 from __future__ import annotations
 
 import functools
+import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -53,6 +55,7 @@ class Server:
     command: Callable[[Access], list[str]]
     note: str = ""
     is_judge: bool = True  # whether targets count against it: false where it does not do the same job
+    bitmaps: int = 0  # how many dirty bitmaps are added to its disk before it is measured
 
 
 @functools.cache
@@ -125,6 +128,16 @@ def blkferry_raw(access: Access) -> list[str]:
     return blkferry(replace(access, image=access.content, format="raw"))
 
 
+def monitored(access: Access, *, command: Callable[[Access], list[str]]) -> list[str]:
+    """The same with a QMP monitor beside the socket."""
+    path = str(monitor_of(access)).replace(",", ",,")
+    return [*command(access), "--chardev", f"socket,id=qmp,path={path},server=on,wait=off", "--monitor", "qmp"]
+
+
+def monitor_of(access: Access) -> Path:
+    return access.socket.with_name("qmp")
+
+
 def blkferry_without_ring(access: Access) -> list[str]:
     return [sys.executable, str(HERE / "refuse_io_uring.py"), *blkferry(access)]
 
@@ -151,10 +164,12 @@ BLKFERRY_THREADS = Server("blkferry, io_uring refused", "blkferry", blkferry_wit
 BLKFERRY_RAW = Server(
     "blkferry, raw image", "blkferry", blkferry_raw, note="the same bytes without the format", is_judge=False
 )
+BLKFERRY_BITMAPS = Server("blkferry, 4 bitmaps", "blkferry", functools.partial(monitored, command=blkferry), bitmaps=4)
 BLKFERRY_SERVE = Server("blkferry serve", "blkferry", blkferry_serve)
 QSD = Server("QSD", "QSD", qsd)
 QSD_IO_URING = replace(QSD, label="QSD aio=io_uring", command=functools.partial(qsd, aio="io_uring"))
 QSD_NATIVE = replace(QSD, label="QSD aio=native", command=functools.partial(qsd, aio="native"))
+QSD_BITMAPS = Server("QSD, 4 bitmaps", "QSD", functools.partial(monitored, command=qsd), is_judge=False, bitmaps=4)
 NBDKIT = Server("nbdkit", "nbdkit", nbdkit)
 NBDKIT_NOCACHE = replace(
     NBDKIT,
@@ -215,12 +230,29 @@ def serving(server: Server, access: Access) -> Iterator[int]:
                     probe.check(access.content)
             except OSError as failure:
                 raise BenchError(f"{server.label}: {failure}; {said(scratch)}") from None
+        if server.bitmaps:
+            add_bitmaps(monitor_of(access), server.bitmaps)
         try:
             yield process.pid
         except BenchError:
             check_alive(server, process, scratch)  # why it ended says more than the client's complaint
             raise
         check_alive(server, process, scratch)
+
+
+def add_bitmaps(monitor: Path, count: int) -> None:
+    """Have so many dirty bitmaps of default granularity record what is written to the disk."""
+    commands: list[tuple[str, dict[str, str]]] = [("qmp_capabilities", {})]
+    commands += [("block-dirty-bitmap-add", {"node": "disk", "name": f"bitmap{number}"}) for number in range(count)]
+    with socket.socket(socket.AF_UNIX) as connection, connection.makefile("rw") as stream:
+        connection.settimeout(STOP_SECONDS)
+        connection.connect(str(monitor))
+        stream.readline()  # the greeting
+        for command, arguments in commands:
+            stream.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
+            stream.flush()
+            if "return" not in (answer := stream.readline()):
+                raise BenchError(f"{command}: {answer}")
 
 
 def check_alive(server: Server, process: subprocess.Popen[bytes], scratch: Path) -> None:

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from images import Cache, Image
 from servers import (
     BLKFERRY,
+    BLKFERRY_BITMAPS,
     BLKFERRY_RAW,
     BLKFERRY_THREADS,
     NBDKIT,
     NBDKIT_NOCACHE,
     QSD,
+    QSD_BITMAPS,
     QSD_IO_URING,
     QSD_NATIVE,
     Server,
@@ -19,6 +21,7 @@ from servers import (
 
 EVERYONE = (BLKFERRY, QSD, NBDKIT)
 QCOW2_READERS = (BLKFERRY, BLKFERRY_RAW, QSD)
+WITH_BITMAPS = (BLKFERRY_BITMAPS, BLKFERRY, QSD_BITMAPS)
 DIRECT = (QSD, QSD_IO_URING, QSD_NATIVE, NBDKIT_NOCACHE)
 
 
@@ -38,6 +41,7 @@ ENCRYPTED_READ = Target(iops=1.0)
 ALLOCATING = Target(iops=1.0)
 GUEST_SHALLOW = Target(iops=1.5)
 GUEST = Target(iops=1.0)
+RECORDED = Target(cpu=1.05)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +194,28 @@ ROWS = (
         target=ALLOCATING,
         most_bytes=64 << 20,
         note="16,384 writes into 16,384 clusters, each block once: most of them allocate.",
+    ),
+    Row(
+        "bitmaps-write-4k-qd32",
+        "4 KiB random write, QD 32, page cache, recorded by 4 dirty bitmaps",
+        "randwrite",
+        K4,
+        32,
+        servers=WITH_BITMAPS,
+        target=RECORDED,
+        most_bytes=256 << 20,
+        note="Of 65,536 writes some 16,000 are the first in their granule. The target is against us without bitmaps.",
+    ),
+    Row(
+        "bitmaps-qcow2-allocate-random-qd32",
+        "4 KiB random write to a new qcow2 image, QD 32, recorded by 4 dirty bitmaps",
+        "randwrite",
+        K4,
+        32,
+        image=Image.QCOW2_FRESH,
+        servers=WITH_BITMAPS,
+        target=RECORDED,
+        most_bytes=256 << 20,
     ),
     Row(
         "tls-read-256k-qd8",

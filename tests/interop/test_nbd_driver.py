@@ -330,7 +330,7 @@ def test_the_others_go_on_when_one_connection_ends(tmp_path, image):
         daemon.export("n", writable=False)
 
         async def cut() -> None:
-            (first, *_) = daemon.daemon.graph.nodes["n"]._lines
+            (first, *_) = daemon.daemon.graph.nodes["n"]._lines.all
             first.connection.session.sock.shutdown(2)
 
         with daemon.client() as client:

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+STOP_SECONDS = 1.0
+"""How long what is in flight may take to end by itself when an export is removed."""
+
 
 @dataclass(eq=False)
 class Entry:
@@ -170,7 +173,7 @@ class Exports:
     async def _remove(self, export_id: str, export: Export) -> None:
         root = export.root
         try:
-            await root.services.run(export.stop())
+            await _stop(export)
             async with self._daemon.graph.changing:
                 await root.services.run(root.detach())
                 self._daemon.graph.users.remove(export)
@@ -212,6 +215,21 @@ class Exports:
             for export_id, entry in reversed(self._entries.items())
             if entry is not None
         ]
+
+
+async def _stop(export: Export) -> None:
+    """Stop an export. Nobody is there any more to be answered, so what waits for something outside does so in vain."""
+    root = export.root
+
+    def give_up() -> None:
+        log.warning("export '%s': giving up what waits for something outside", export.options.id)
+        root.services.loop.call_soon_threadsafe(root.give_up)
+
+    patience = asyncio.get_running_loop().call_later(STOP_SECONDS, give_up)
+    try:
+        await root.services.run(export.stop())
+    finally:
+        patience.cancel()
 
 
 async def _drain(exports: Iterable[Export]) -> Literal[True]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import fcntl
+import gc
 import os
 import signal
 import sys
@@ -26,6 +27,9 @@ from blkferry.sockets.activation import take_activation
 
 BACKGROUND_UMASK = 0o027
 """What QEMU sets in the background: others may not connect to sockets made there."""
+
+_YOUNG_OBJECTS = 10_000
+"""So many more than before have the collector look for garbage: requests in flight of some clients are fewer."""
 
 Notice = Callable[[Daemon], None]
 
@@ -67,6 +71,7 @@ async def _live(
             daemon.admit_clients()
             if on_ready is not None:
                 on_ready(daemon)
+            _spare_what_is_there()
             await daemon.finished.wait()
             if on_end is not None:
                 on_end(daemon)
@@ -79,6 +84,17 @@ async def _live(
         for number in handled:  # not the default action: it would kill us between here and the exit
             asyncio.get_running_loop().remove_signal_handler(number)
             signal.signal(number, signal.SIG_IGN)
+
+
+def _spare_what_is_there() -> None:
+    """Have the garbage collector leave alone what has been loaded, and look at the rest less often.
+
+    Requests in flight are many young objects that go by themselves. To Python they look like growth, for which it looks
+    at everything there is again and again: ten milliseconds each time, a sixth of what a request costs.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_YOUNG_OBJECTS)
 
 
 def _end_on_signals(daemon: Daemon) -> list[signal.Signals]:

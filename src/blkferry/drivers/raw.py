@@ -10,6 +10,7 @@ from blkferry.graph import access
 from blkferry.graph.graph import Opening
 from blkferry.graph.node import Node
 from blkferry.graph.reopen import Reopening
+from blkferry.plane.engine import Done
 from blkferry.plane.storage import Storage
 from blkferry.schema.block import BlockdevOptions, BlockdevRef
 from blkferry.schema.qapi import Doc, branch
@@ -74,6 +75,12 @@ class Raw(Node):
 
     def write_now(self, start: int, view: memoryview) -> bool:
         return access.write_now(self.children["file"].node, start + self._offset, view)
+
+    def write_later(self, start: int, view: memoryview, done: Done) -> bool:
+        return access.write_later(self.children["file"].node, start + self._offset, view, done)
+
+    def flush_later(self, done: Done) -> bool:
+        return self.children["file"].node.flush_later(done)
 
     async def resize(self, length: int) -> None:
         if self.options.size is not None:

@@ -1,21 +1,24 @@
 """Where an export's bytes lie, remembered, so that requests need not ask the graph.
 
-Theory of operation. An export that is one piece of one storage, as raw images are, has that piece as its `whole`, and
-what is to be told of writes there as its `marking`. Of any other, what lookups said is kept by granules: a granule that
-lies in one place, or is all zero, has a piece in `granules` from the first request that touches it until its range is
-retired, which happens in the middle of a turn when a write in it allocates. So whoever uses a piece takes it from here
-for every request, and within one turn. Granules in which several things meet are remembered as such and looked at for
-each request; when there are many of them, granules become smaller. A piece never reaches beyond its granule: that is
-what makes retiring cheap.
+Theory of operation. An export that is one piece of one storage, as raw images are, has that piece as its `whole`. Of
+any other, what lookups said is kept by granules: a granule that lies in one place, or is all zero, has a piece in
+`granules` from the first request that touches it until its range is retired, which happens in the middle of a turn when
+a write in it allocates. So whoever uses a piece takes it from here for every request, and within one turn. Granules in
+which several things meet are remembered as such and looked at for each request; when there are many of them, granules
+become smaller. A piece never reaches beyond its granule: that is what makes retiring cheap.
+
+Whoever overwrites a place that he has from here, `whole` or piece, says so before (`mark`): nodes may have dirty
+bitmaps.
 """
 
 from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-from blkferry.exports.marking import Marking
+from blkferry.exports.marking import Marking, find_marking
 from blkferry.extent import Content
-from blkferry.graph.node import Node, depends_on
+from blkferry.graph.access import Run
+from blkferry.graph.node import depends_on
 from blkferry.graph.root import Root
 from blkferry.plane.storage import Storage
 from blkferry.plane.window import REGION_BITS, Window
@@ -81,10 +84,12 @@ Piece = tuple[Lane | None, int, int, int, int]
 """(lane, delta, end, read end, write end) of the export's bytes from some granule's start to `end`.
 
 They lie at their offset plus `delta` of the lane's storage, or are zero if there is none. `end` is 0 where only the
-graph can tell. Up to the other two ends they may be read, and overwritten, from within a turn.
+graph can tell. Up to the other two ends they may be read, and overwritten (`mark` first), from within a turn.
 """
 
 NOWHERE: Final[Piece] = (None, 0, 0, 0, 0)
+DRIVEN: Final[Piece] = (None, -1, 0, 0, 0)
+"""All of it only one driver can read."""
 
 Stretch = tuple[Lane | None, int, int, int]
 """(lane, delta, start, end): like a piece, anywhere in the export."""
@@ -109,10 +114,11 @@ class Places:
         self._writable = writable
         self.size = 0
         self.whole: Piece | None = None
-        self.marking: Marking | None = None  # of writes to `whole`
+        self.marking: Marking | None = None  # what `mark` marks
         self.granules: dict[int, Piece] = {}
         self.bits = GRANULE_BITS
         self.may_write = False  # from within a turn
+        self.opaque = False  # all of the export is for one driver to read: there are no places
         self.lent = False  # a place that is being sent from may be used for something else meanwhile
         self.turn = 0.0  # when this turn of a client began
         self.inline_writes_from = 0.0  # as in Storage, where there is no `whole`
@@ -125,24 +131,24 @@ class Places:
         if not self._looked:
             self._looked = True
             self.may_write = self._writable and not self._root.detects_zeroes
+            self.opaque = False
             self.lent = any(node.reuses_places for node in depends_on(self._root.node))
+            self.marking = find_marking(self._root.node, self.size) if self._writable and self.size else None
             self.whole = self._find_whole()
         return self.whole
 
     def _find_whole(self) -> Piece | None:
-        nodes: list[tuple[Node, int]] = []
-        found = self._root.runs(0, self.size, to_mark=nodes) if self.size else None
+        found = self._root.runs(0, self.size) if self.size else None
         if not found or len(found) > 1:
             return None
         (run,) = found
+        if run.content is Content.OPAQUE and run.length == self.size:
+            self.opaque, self.may_write = True, False
+            return None
         if run.content is not Content.DATA or run.storage is None or run.length < self.size:
             return None
-        if self._writable and not run.in_place:  # a write will move a part of it
+        if self._writable and not self._is_in_place(run):  # a write will move a part of it
             return None
-        if self._writable and nodes:
-            self.marking = Marking(nodes, self.size)
-            if self.marking.marked is None:
-                return None
         lane = self._lane(run.storage)
         write_end = self.size if self.may_write else 0
         return lane, run.offset, self.size, self.size if lane.inline else 0, write_end
@@ -150,8 +156,7 @@ class Places:
     def retired(self, start: int, end: int | None) -> None:
         """Earlier lookups of a range are void; of everything, if `end` is None."""
         if end is None or self.whole is not None:
-            if self.marking is None or not self.marking.busy:
-                self.drop()
+            self.drop()
             return
         granules = self.granules
         first, last = start >> self.bits, (end - 1) >> self.bits
@@ -170,9 +175,13 @@ class Places:
         self._looked = False
 
     def mark(self, offset: int, length: int) -> None:
-        """A range of `whole` is about to be written."""
+        """A range is about to be overwritten at a place that was found here."""
         if self.marking is not None and length:
             self.marking.mark(offset, length)
+
+    def _is_in_place(self, run: Run) -> bool:
+        """Whether a run may be overwritten, with no more to do before than `mark`."""
+        return run.in_place and (not run.marks or (self.marking is not None and self.marking.suffices(run)))
 
     def _lane(self, storage: Storage) -> Lane:
         lane = self._lanes.get(storage)
@@ -184,6 +193,8 @@ class Places:
 
     def fill(self, offset: int) -> Piece:
         """The piece at `offset`, which `granules` does not have. `bits` may have changed afterwards."""
+        if self.opaque:
+            return DRIVEN
         if offset >= self.size:
             return NOWHERE
         bits, granules = self.bits, self.granules
@@ -217,12 +228,13 @@ class Places:
         writable = in_place and self.may_write and lane is not None and not lane.storage.direct
         number = start + (1 << bits) - 1 >> bits
         while (end := min(number + 1 << bits, size)) <= stop and number << bits < end:
-            piece = (lane, delta, end, end if readable else 0, end if writable else 0) if known else NOWHERE
+            piece = (lane, delta, end, end if readable else 0, end if writable else 0) if known else DRIVEN
             self.granules[number] = piece
             number += 1
 
     def _find(self, start: int, enough: int, most: int) -> list[_Found] | None:
         """Ask the graph for `enough` bytes from `start` and take up to `most`; None when it must load metadata."""
+        self.look()
         found: list[_Found] = []
         at = start
         while at < start + enough:
@@ -235,10 +247,10 @@ class Places:
                 if run.content is Content.DATA and run.storage is not None:
                     lane, delta, known = self._lane(run.storage), run.offset - run.start, True
                 at = run.start + run.length
-                begun = run.start
-                if found and found[-1][:2] == (lane, delta) and found[-1][4:] == (run.in_place, known):
+                begun, in_place = run.start, self._is_in_place(run)
+                if found and found[-1][:2] == (lane, delta) and found[-1][4:] == (in_place, known):
                     begun = found.pop().start
-                found.append(_Found(lane, delta, begun, at, run.in_place, known))
+                found.append(_Found(lane, delta, begun, at, in_place, known))
         return found
 
     def reach(self, piece: Piece, end: int) -> int:
@@ -262,7 +274,10 @@ class Places:
         found: list[Stretch] = []
         at = offset
         while at < end:
-            lane, delta, until, _, _ = self.granules.get(at >> self.bits) or self.fill(at)
+            piece = self.granules.get(at >> self.bits) or self.fill(at)
+            if piece is DRIVEN:
+                return None
+            lane, delta, until, _, _ = piece
             parts: list[Stretch] | None = [(lane, delta, at, min(until, end))]
             if not until:
                 parts = self._mixed_stretches(at, min((at >> self.bits) + 1 << self.bits, end))
@@ -295,4 +310,5 @@ class Places:
         found = self._find(offset, length, length) if self.may_write else None
         if found is None or len(found) > 1 or not found[0].in_place or found[0].lane is None:
             return None
+        self.mark(offset, length)
         return found[0].lane.storage, offset + found[0].delta

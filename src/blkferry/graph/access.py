@@ -21,6 +21,7 @@ from blkferry.plane.drain import Uses
 from blkferry.units import SECTOR, align_down, align_up
 
 if TYPE_CHECKING:
+    from blkferry.plane.engine import Done
     from blkferry.plane.storage import Storage
 
 BACKING = "backing"
@@ -32,9 +33,10 @@ _ZERO_CHUNK = 1 << 20
 class Run(NamedTuple):
     """A resolved extent: `length` bytes of a node from `start`, at `offset` of `storage` when the content is DATA.
 
-    For OPAQUE content `node` can read it, at `offset`. `in_place`: overwriting there changes no metadata. Otherwise
-    `writer` takes what is written, at `writer_offset`. `depth` counts the backing files between the node that was
-    asked and the one that answered.
+    For OPAQUE content `node` can read it, at `offset`. `in_place`: overwriting there changes no metadata. Whoever does
+    so has the nodes in `marks` note it first (`mark`), each with where the run begins in it. Otherwise `writer` takes
+    what is written, at `writer_offset`. `depth` counts the backing files between the node that was asked and the one
+    that answered.
     """
 
     start: int
@@ -48,6 +50,12 @@ class Run(NamedTuple):
     writer: Node
     writer_offset: int
     depth: int = 0
+    marks: tuple[tuple[Node, int], ...] = ()
+
+    def mark(self) -> None:
+        """All of it is about to be overwritten in place."""
+        for node, at in self.marks:
+            node.mark_dirty_bitmaps(at, at + self.length)
 
 
 class Miss(NamedTuple):
@@ -61,82 +69,54 @@ class Miss(NamedTuple):
         await self.node.load(self.start, self.length)
 
 
-def resolve(
-    node: Node, start: int, length: int, effort: Effort, to_mark: list[tuple[Node, int]] | None = None
-) -> list[Run] | Miss:
-    """Runs from `start`, over `length` bytes at most, or what has to be loaded before the first can be told.
-
-    Nothing is to be overwritten in place that a bitmap of a node on the way has yet to mark: that node is the writer.
-    Who gives `to_mark` takes care of that himself: in it he finds the nodes on the way that record, and what the
-    beginning of each stretch that was looked up is there.
-    """
-    if to_mark is not None:
-        if node.recording:
-            to_mark.append((node, start))
-        return _resolve(node, start, length, effort, to_mark)
-    found = _resolve(node, start, length, effort)
-    if not node.dirty_bitmaps or isinstance(found, Miss) or not any(run.in_place for run in found):
-        return found  # of what is not in place this node is the writer anyway
-    if effort is Effort.PLACE:
-        alike, marked = node.marked_stretch(start, length)
-        if alike < length:
-            again = _resolve(node, start, alike, effort)
-            assert not isinstance(again, Miss)  # the lookup before began at the same place
-            found = again
-    else:
-        marked = not node.recording
-    if marked:
-        return found
-    return [run._replace(in_place=False, writer=node, writer_offset=run.start) for run in found]
-
-
-def _resolve(
-    node: Node, start: int, length: int, effort: Effort, to_mark: list[tuple[Node, int]] | None = None
-) -> list[Run] | Miss:
+def resolve(node: Node, start: int, length: int, effort: Effort) -> list[Run] | Miss:
+    """Runs from `start`, over `length` bytes at most, or what has to be loaded before the first can be told."""
     extents = node.lookup(start, length, effort)
     if extents is None:
         return Miss(node, start, length)
+    records = node.dirty_bitmaps.written is not None
     runs: list[Run] = []
+    marks: tuple[tuple[Node, int], ...]
     for extent in extents:
         at, run_length, content, offset, child, in_place, allocated, settled = extent
         if content is Content.DATA and child is not None:
             child_node = node.children[child].node
-            below = resolve(child_node, offset, run_length, Effort.PLACE if settled else effort, to_mark)
+            below = resolve(child_node, offset, run_length, Effort.PLACE if settled else effort)
             shift, depth = at - offset, 0
         elif content is Content.BELOW:
-            below = _resolve_backing(node, at, run_length, effort, to_mark)
+            below = _resolve_backing(node, at, run_length, effort)
             shift, depth = 0, 1
         else:
             storage = node.storage if content is Content.DATA else None
             here = in_place and storage is not None
-            runs.append(Run(at, run_length, content, node, offset, storage, here, allocated, node, at))
+            marks = ((node, at),) if here and records else ()
+            runs.append(Run(at, run_length, content, node, offset, storage, here, allocated, node, at, marks=marks))
             continue
         if isinstance(below, Miss):
             return runs or below
         for run in below:
             run_at = run.start + shift
             if in_place and run.in_place:
-                runs.append(run._replace(start=run_at))
-            else:
+                marks = ((node, run_at), *run.marks) if records else run.marks
+                runs.append(run._replace(start=run_at, marks=marks))
+            else:  # spelled out, as _replace takes more than twice as long
+                _, size, kind, source, at_source, storage, _, is_allocated, _, _, layer, _ = run
+                layer += depth
                 runs.append(
-                    run._replace(
-                        start=run_at, in_place=False, writer=node, writer_offset=run_at, depth=run.depth + depth
-                    )
+                    Run(run_at, size, kind, source, at_source, storage, False, is_allocated, node, run_at, layer)
                 )
         if below[-1].start + below[-1].length + shift < at + run_length:
             break  # the child did not answer for all of it
     return runs
 
 
-def _resolve_backing(
-    node: Node, start: int, length: int, effort: Effort, to_mark: list[tuple[Node, int]] | None
-) -> list[Run] | Miss:
+def _resolve_backing(node: Node, start: int, length: int, effort: Effort) -> list[Run] | Miss:
     """What shows through from the backing child; behind its end there are zeroes."""
     edge = node.children.get(BACKING)
     available = edge.node.length - start if edge is not None else 0
     if edge is None or available <= 0:
         return [Run(start, length, Content.ZERO, node, start, None, False, False, node, start)]
-    return resolve(edge.node, start, min(length, available), effort, to_mark)
+    return resolve(edge.node, start, min(length, available), effort)
 
 
 async def load_runs(node: Node, start: int, length: int, effort: Effort = Effort.PLACE) -> list[Run]:
@@ -174,6 +154,27 @@ async def read(node: Node, start: int, view: memoryview) -> None:
                 else:
                     part[:] = bytes(len(part))
                 done += run.length
+
+
+def read_later(node: Node, start: int, view: memoryview, done: Done) -> bool:
+    """Begin to read what is one piece of OPAQUE content, if its driver can; tells whether it was begun (see Node)."""
+    runs = resolve(node, start, len(view), Effort.PLACE)
+    if isinstance(runs, Miss):
+        return False
+    run = runs[0]
+    if run.content is not Content.OPAQUE or run.length < len(view):
+        return False
+    readers = run.node.readers
+    use = readers.begin()
+
+    def finish(result: int) -> None:
+        readers.end(use)
+        done(result)
+
+    begun = run.node.read_later(run.offset, view, finish)
+    if not begun:
+        readers.end(use)
+    return begun
 
 
 @contextmanager
@@ -224,8 +225,7 @@ async def write(node: Node, start: int, view: memoryview, *, fua: bool = False) 
         if not runs[0].in_place:
             length = _same_writer(runs)
             writer, at = runs[0].writer, runs[0].writer_offset
-            if writer.mark_dirty_bitmaps(at, at + length):
-                continue  # that may have been all that was in the way
+            writer.mark_dirty_bitmaps(at, at + length)
             await writer.write(at, view[done : done + length])
             done += length
             flush = fua
@@ -234,6 +234,7 @@ async def write(node: Node, start: int, view: memoryview, *, fua: bool = False) 
             for run in runs:
                 if not run.in_place or run.storage is None:
                     break
+                run.mark()
                 through = fua and node.flush_target() is run.storage
                 await _write_storage(run.storage, run.offset, view[done : done + run.length], through)
                 flush = flush and not through
@@ -269,8 +270,7 @@ def write_now(node: Node, start: int, view: memoryview) -> bool:
         if not runs[0].in_place:
             length = _same_writer(runs)
             writer, at = runs[0].writer, runs[0].writer_offset
-            if writer.mark_dirty_bitmaps(at, at + length):
-                continue
+            writer.mark_dirty_bitmaps(at, at + length)
             if not writer.write_now(at, view[done : done + length]):
                 return False
             done += length
@@ -280,9 +280,20 @@ def write_now(node: Node, start: int, view: memoryview) -> bool:
                 break
             if run.storage.direct:
                 return False
+            run.mark()
             run.storage.write_now(view[done : done + run.length], run.offset)
             done += run.length
     return True
+
+
+def write_later(node: Node, start: int, view: memoryview, done: Done) -> bool:
+    """Begin to write where one driver takes all of it, if it can; tells whether it was begun (see Node)."""
+    runs = resolve(node, start, len(view), Effort.PLACE)
+    if isinstance(runs, Miss) or runs[0].in_place or _same_writer(runs) < len(view):
+        return False
+    writer, at = runs[0].writer, runs[0].writer_offset
+    writer.mark_dirty_bitmaps(at, at + len(view))
+    return writer.write_later(at, view, done)
 
 
 async def _write_storage(storage: Storage, offset: int, view: memoryview, fua: bool) -> None:

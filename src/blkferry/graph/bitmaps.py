@@ -1,64 +1,46 @@
 """Dirty bitmaps: which ranges of a node were written since somebody began to ask.
 
-A bitmap belongs to one node (`Node.dirty_bitmaps`) and to that node's loop. It marks what it is told; that it is told
-of every write is the part of `graph.access` and of the node.
+A write costs the same however many bitmaps record it. The bitmaps of a node have one record in common (`written`), in
+granules as fine as the finest of them: a write is marked there and nowhere else. What a bitmap says is what it holds
+itself or what the record has, so whoever looks needs no step before it, and looking changes nothing: it may be done
+from any thread. Only when something about the bitmaps changes (one comes, goes, is cleared, begins or ends to record)
+do those that record take over what the record has, and all of them begin a new one. So a bitmap gets nothing that was
+written before it recorded. That must happen while nothing is in flight on the node, and what lookups said is void then.
+
+That the record is told of every write is the part of `graph.access` and of the node.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
+from collections.abc import Iterator, MutableMapping
+from typing import TYPE_CHECKING
 
 from blkferry.errors import Error, ErrorKind
+from blkferry.graph.granules import PIECE, Granules, coarser, united
 
 if TYPE_CHECKING:
     from blkferry.graph.node import Node
 
-_LOWEST: Final = bytes([0, *((byte & -byte).bit_length() - 1 for byte in range(1, 256))])
-"""The number of the lowest bit that is set, of a byte that has one."""
 
-_FLAGS_OF_WORTH: Final = bytes([0] + [1] * 255)
-_FLAGS_OF_LACK: Final = bytes([1] * 255 + [0])
+class DirtyBitmap(Granules):
+    """The granules of a node of `size` bytes that were written while the bitmap was `enabled`.
 
-
-class DirtyBitmap:
-    """One bit for every `1 << granularity_bits` bytes of a node of `size` bytes; bit 0 is the lowest of byte 0.
-
-    While it is `enabled`, every write to the node is marked. `persistent`: it is stored with the image when that is
-    closed. `inconsistent`: it was not stored in order, and says nothing; all it is good for is to be removed. `user`
-    names who works with it, for as long as nobody else may. `changed` tells whether a bit was since it was loaded.
+    `persistent`: it is stored with the image when that is closed. `inconsistent`: it was not stored in order, and says
+    nothing; all it is good for is to be removed. `user` names who works with it, for as long as nobody else may.
+    `bits` is all that it says. Of `array`, where the latest may be missing until `take_over`, `changed` tells whether
+    anything was changed since it was loaded.
     """
 
     def __init__(self, name: str, size: int, granularity_bits: int, *, enabled: bool, persistent: bool = False) -> None:
+        super().__init__(size, granularity_bits)
         self.name = name
-        self.size = size
-        self.granularity_bits = granularity_bits
-        self.enabled = enabled
         self.persistent = persistent
         self.inconsistent = False
         self.user = ""
         self.changed = False
-        self.bits = bytearray((self.count + 7) >> 3)
-
-    @property
-    def count(self) -> int:
-        """How many bits there are."""
-        return (self.size + (1 << self.granularity_bits) - 1) >> self.granularity_bits
-
-    @property
-    def granularity(self) -> int:
-        """What one bit stands for, in bytes."""
-        return 1 << self.granularity_bits
-
-    @property
-    def dirty_bytes(self) -> int:
-        """How many bytes the bits that are set stand for; the last one for no more than there is."""
-        dirty = int.from_bytes(self.bits, "little").bit_count() << self.granularity_bits
-        beyond = (self.count << self.granularity_bits) - self.size
-        return dirty - beyond if beyond and self._is_set(self.count - 1) else dirty
-
-    def _is_set(self, number: int) -> bool:
-        return bool(self.bits[number >> 3] >> (number & 7) & 1)
+        self._enabled = enabled
+        self._owner: DirtyBitmaps | None = None
+        self._written: Record | None = None  # what it has not taken over yet
 
     # Users -----------------------------------------------------------------------------------------------------
 
@@ -92,77 +74,66 @@ class DirtyBitmap:
                 bitmap=self.name,
             )
 
-    # Bits ------------------------------------------------------------------------------------------------------
+    # Looking ---------------------------------------------------------------------------------------------------
 
-    def mark(self, start: int, end: int) -> None:
-        """The bytes from `start` to `end` are being written."""
-        first, last = start >> self.granularity_bits, (end - 1) >> self.granularity_bits
-        if end <= start:
-            return
+    def piece(self, start: int, stop: int) -> bytes:
+        pending = self._pending(start, stop)  # first: what is taken over from there meanwhile is in `array` by then
+        own = super().piece(start, stop)
+        return united(own, pending) if pending else own
+
+    def _byte(self, where: int) -> int:
+        written = self._written
+        if written is None:
+            return self.array[where]
+        if written.granularity_bits == self.granularity_bits:
+            return written.array[where] | self.array[where]
+        return self.piece(where, where + 1)[0]
+
+    def _pending(self, start: int, stop: int) -> bytes | bytearray:
+        """What the record has for these bytes of `array`; empty if that is nothing."""
+        written = self._written
+        if written is None:
+            return b""
+        steps = self.granularity_bits - written.granularity_bits
+        fine = written.array[start << steps : stop << steps]
+        return coarser(fine, steps) if fine != bytes(len(fine)) else b""
+
+    # Changing --------------------------------------------------------------------------------------------------
+
+    @property
+    def enabled(self) -> bool:
+        """Whether writes are recorded."""
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, enabled: bool) -> None:
+        self._enabled = enabled
+        if self._owner is not None:
+            self._owner.begin_anew()
+
+    def take_over(self) -> None:
+        """Hold in `array` all that it says."""
+        for start in range(0, len(self.array), PIECE):
+            pending = self._pending(start, start + PIECE)
+            if pending and self.add(start, pending):
+                self.changed = True
+
+    def record_in(self, owner: DirtyBitmaps | None, written: Record | None) -> None:
+        """Say what it says now and, from now on, what will be in `written`, if there is that."""
+        self.take_over()
+        self._owner, self._written = owner, written
+
+    def clear(self) -> bytearray:
+        """Forget all that was marked. Returns what `restore` brings back."""
+        if self._owner is not None:
+            self._owner.begin_anew()
+        before, self.array = self.array, bytearray(len(self.array))
         self.changed = True
-        bits = self.bits
-        first_byte, last_byte = first >> 3, last >> 3
-        first_mask, last_mask = 0xFF << (first & 7) & 0xFF, 0xFF >> (7 - (last & 7))
-        if first_byte == last_byte:
-            bits[first_byte] |= first_mask & last_mask
-            return
-        bits[first_byte] |= first_mask
-        bits[last_byte] |= last_mask
-        if last_byte - first_byte > 1:
-            bits[first_byte + 1 : last_byte] = b"\xff" * (last_byte - first_byte - 1)
+        return before
 
-    def covers(self, start: int, end: int) -> bool:
-        """Whether all bytes from `start` to `end` (more than none, inside the node) are marked."""
-        first, last = start >> self.granularity_bits, (end - 1) >> self.granularity_bits
-        if first == last:
-            return self._is_set(first)
-        return self._next(first, last + 1, set_=False) > last
-
-    def runs(self, start: int, end: int) -> Iterator[tuple[int, bool]]:
-        """What the range from `start` to `end` (inside the node) consists of: lengths in bytes, and whether dirty.
-
-        Neighbours differ. The bitmap must not be resized meanwhile; what is marked meanwhile may be seen or not.
-        """
-        at, bits = start, self.granularity_bits
-        stop = (end - 1 >> bits) + 1
-        while at < end:
-            number = at >> bits
-            dirty = self._is_set(number)
-            until = min(self._next(number + 1, stop, set_=not dirty) << bits, end)
-            yield until - at, dirty
-            at = until
-
-    def _next(self, number: int, stop: int, *, set_: bool) -> int:
-        """The first bit from `number` on that is set, or is not; `stop` if there is none before that."""
-        bits, where = self.bits, number >> 3
-        if number >= stop:
-            return stop
-        # Of inverted bytes the lowest set bit is the lowest one that is not set.
-        flip = 0 if set_ else 0xFF
-        byte = (bits[where] ^ flip) >> (number & 7) << (number & 7)
-        if not byte:
-            where = self._next_byte(where + 1, (stop + 7) >> 3, set_=set_)
-            if where < 0:
-                return stop
-            byte = bits[where] ^ flip
-        return min((where << 3) + _LOWEST[byte], stop)
-
-    def _next_byte(self, where: int, stop: int, *, set_: bool) -> int:
-        """The first byte from `where` on with a bit that is set, or is not; -1 if there is none before `stop`."""
-        bits, step = self.bits, 512
-        flags = _FLAGS_OF_WORTH if set_ else _FLAGS_OF_LACK
-        while where < stop:
-            found = bits[where : min(where + step, stop)].translate(flags).find(1)
-            if found >= 0:
-                return where + found
-            where += step
-            step = min(step * 2, 1 << 20)
-        return -1
-
-    def clear(self) -> None:
-        """Forget all that was marked."""
-        self.bits = bytearray(len(self.bits))
-        self.changed = True
+    def restore(self, array: bytearray) -> None:
+        """Hold this again, as before `clear` or `merge`. Nothing has been written since."""
+        self.array = array
 
     def merge(self, other: DirtyBitmap) -> None:
         """Mark what `other`, a bitmap of the same size, has marked; where granules differ, every one it touches."""
@@ -174,56 +145,87 @@ class DirtyBitmap:
                 bitmap=self.name,
             )
         self.changed = True
-        if other.granularity_bits == self.granularity_bits:
-            merged = int.from_bytes(self.bits, "little") | int.from_bytes(other.bits, "little")
-            self.bits[:] = merged.to_bytes(len(self.bits), "little")
+        steps = self.granularity_bits - other.granularity_bits
+        if steps >= 0:
+            self.add(0, coarser(other.bits, steps))
             return
         at = 0
-        for length, dirty in list(other.runs(0, other.size)):
+        for length, dirty in other.runs(0, other.size):
             if dirty:
                 self.mark(at, at + length)
             at += length
 
     def resize(self, size: int) -> None:
-        """The node has another size now. What is new has not been written."""
-        self.size = size
+        super().resize(size)
         self.changed = True
-        wanted = (self.count + 7) >> 3
-        if wanted <= len(self.bits):
-            del self.bits[wanted:]
-            if self.count & 7:
-                self.bits[-1] &= (1 << (self.count & 7)) - 1
-        else:
-            self.bits += bytes(wanted - len(self.bits))
 
 
-def mark_recording(node: Node, start: int, end: int) -> int:
-    """Mark a range (more than nothing, inside the node) in all that record; 0 if it was news to none of them.
+class Record(Granules):
+    """What was written while somebody recorded it.
 
-    Otherwise the largest granularity of those to which it was. Every write that allocates comes here, so what is
-    commonest, a range within one granule, is done without a call.
+    `array` stays the same object and never becomes shorter: whoever writes often may mark there himself.
     """
-    widest = 0
-    for bitmap in node.dirty_bitmaps.values():
-        if not bitmap.enabled:
-            continue
-        if bitmap.size != node.length:
-            node.fit_bitmaps()
-        shift = bitmap.granularity_bits
-        first = start >> shift
-        if (end - 1) >> shift == first:
-            bits, where, bit = bitmap.bits, first >> 3, 1 << (first & 7)
-            if bits[where] & bit:
-                continue
-            bits[where] |= bit
-            bitmap.changed = True
-        elif bitmap.covers(start, end):
-            continue
-        else:
-            bitmap.mark(start, end)
-        if shift > widest:  # noqa: PLR1730 - a call of max would be a fifth of all this
-            widest = shift
-    return 1 << widest if widest else 0
+
+    def resize(self, size: int) -> None:
+        room = len(self.array)
+        super().resize(size)
+        self.array += bytes(max(room - len(self.array), 0))
+
+
+class DirtyBitmaps(MutableMapping[str, DirtyBitmap]):
+    """The bitmaps of one node, by name, in the order they came.
+
+    `written` is the record of those that are enabled, None while there are none. `fit` sees to it that all are as long
+    as the node.
+    """
+
+    def __init__(self) -> None:
+        self._bitmaps: dict[str, DirtyBitmap] = {}
+        self.written: Record | None = None
+
+    def __getitem__(self, name: str) -> DirtyBitmap:
+        return self._bitmaps[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._bitmaps)
+
+    def __len__(self) -> int:
+        return len(self._bitmaps)
+
+    def __setitem__(self, name: str, bitmap: DirtyBitmap) -> None:
+        self.replace({**self._bitmaps, name: bitmap})
+
+    def __delitem__(self, name: str) -> None:
+        left = dict(self._bitmaps)
+        del left[name]
+        self.replace(left)
+
+    def replace(self, bitmaps: dict[str, DirtyBitmap]) -> None:
+        """Have these from now on, in this order."""
+        before, self._bitmaps = self._bitmaps, bitmaps
+        for bitmap in before.values():
+            if bitmap not in bitmaps.values():
+                bitmap.record_in(None, None)
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Have those that record take over what was written, and begin another record."""
+        recording = [bitmap for bitmap in self._bitmaps.values() if bitmap.enabled]
+        written = None
+        if recording:
+            finest = min(bitmap.granularity_bits for bitmap in recording)
+            written = Record(max(bitmap.size for bitmap in recording), finest)
+        for bitmap in self._bitmaps.values():
+            bitmap.record_in(self, written if bitmap.enabled else None)
+        self.written = written
+
+    def fit(self, size: int) -> None:
+        """Be for a node of `size` bytes."""
+        if self.written is not None and self.written.size != size:
+            self.written.resize(size)
+        for bitmap in self._bitmaps.values():
+            if bitmap.size != size and not bitmap.inconsistent:
+                bitmap.resize(size)
 
 
 def find_bitmap(node: Node, name: str) -> DirtyBitmap:

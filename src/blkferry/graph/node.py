@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from blkferry.errors import Error, ErrorKind
 from blkferry.extent import Content, Effort, Extent
-from blkferry.graph.bitmaps import mark_recording
+from blkferry.graph.bitmaps import DirtyBitmaps
 from blkferry.graph.permissions import Edge, Permission
 from blkferry.plane.drain import Uses
 from blkferry.schema.block import (
@@ -25,12 +25,12 @@ from blkferry.schema.block import (
 )
 from blkferry.schema.create import BlockdevCreateOptions
 from blkferry.schema.image import ImageInfo, SnapshotInfo
-from blkferry.units import align_down, align_up
 
 if TYPE_CHECKING:
-    from blkferry.graph.bitmaps import DirtyBitmap
     from blkferry.graph.graph import Graph, Opening
     from blkferry.graph.reopen import Reopening
+    from blkferry.graph.root import Root
+    from blkferry.plane.engine import Done
     from blkferry.plane.services import Services
     from blkferry.plane.storage import Storage
 
@@ -59,7 +59,7 @@ class Node:
     `supports_snapshots`: it keeps snapshots inside the image. `writes_now`: `write_now` takes writes of any range, also
     of places that lookups name. `is_filter`: it shows its `file` child as it is.
 
-    `dirty_bitmaps` are those of this node, by name.
+    `dirty_bitmaps` are those of this node, by name. They change only while nothing is in flight.
     """
 
     driver: ClassVar[str]
@@ -84,7 +84,7 @@ class Node:
         self.parents: list[Edge] = []
         self.emit: EventSink = ignore_event
         self.readers = Uses()
-        self.dirty_bitmaps: dict[str, DirtyBitmap] = {}
+        self.dirty_bitmaps = DirtyBitmaps()
         self.length = 0
         self.alignment = 1
         self.remap_alignment = 1
@@ -108,6 +108,8 @@ class Node:
 
     def retire(self, start: int = 0, end: int | None = None) -> None:
         """Tell everybody above that what lookups said before about a range (all of the node) is no longer so."""
+        if end is None:
+            self.fit_bitmaps()
         for parent in self.parents:
             parent.user.child_retired(parent.role, start, end)
 
@@ -118,19 +120,9 @@ class Node:
 
     # What was written -------------------------------------------------------------------------------------------
 
-    @property
-    def recording(self) -> list[DirtyBitmap]:
-        """The bitmaps that have to hear of every write, all as long as the node."""
-        if not self.dirty_bitmaps:
-            return []
-        self.fit_bitmaps()
-        return [bitmap for bitmap in self.dirty_bitmaps.values() if bitmap.enabled]
-
     def fit_bitmaps(self) -> None:
-        """Bitmaps are as long as the node."""
-        for bitmap in self.dirty_bitmaps.values():
-            if bitmap.size != self.length and not bitmap.inconsistent:
-                bitmap.resize(self.length)
+        """The node may have another length: its bitmaps are as long as that."""
+        self.dirty_bitmaps.fit(self.length)
 
     def check_bitmap_storable(self, name: str, granularity_bits: int) -> None:
         """Raise Error unless the image can keep another persistent bitmap like this."""
@@ -146,28 +138,15 @@ class Node:
     async def remove_stored_bitmap(self, name: str) -> None:
         """Take a persistent bitmap out of the image. Raises Error or OSError."""
 
-    def mark_dirty_bitmaps(self, start: int, end: int) -> bool:
-        """Note in the bitmaps that record that a range is about to be written; tells whether it was news to any.
-
-        Places in a range that was marked before may be written without asking again, until `retire`.
-        """
-        if not self.dirty_bitmaps or start >= (end := min(end, self.length)):
-            return False
-        granule = mark_recording(self, start, end)
-        if granule:
-            self.retire(align_down(start, granule), min(align_up(end, granule), self.length))
-        return granule > 0
-
-    def marked_stretch(self, start: int, length: int) -> tuple[int, bool]:
-        """How many bytes from `start` on, up to `length`, are alike, and whether all that records has them marked."""
-        end, marked = min(start + length, self.length), True
-        if start >= end:
-            return length, True
-        for bitmap in self.recording:
-            if not bitmap.covers(start, end):
-                found, dirty = next(bitmap.runs(start, end))
-                end, marked = start + found, marked and dirty
-        return end - start, marked
+    def mark_dirty_bitmaps(self, start: int, end: int) -> None:
+        """Note, before it begins, that a range is being written, zeroed or discarded."""
+        written = self.dirty_bitmaps.written
+        if written is None:
+            return
+        length = self.length
+        if written.size != length:
+            self.fit_bitmaps()
+        written.mark(start, end if end < length else length)  # noqa: FURB136 - a call of min is a fifth of this
 
     # Bytes only the driver can produce -------------------------------------------------------------------------
 
@@ -186,11 +165,33 @@ class Node:
         del start, view
         return False
 
+    # The same begun within a turn of the loop and ended in a later one, by a call of `done` with 0 or a negated errno.
+    # Each tells whether it was begun; where it was not, the coroutine does it. The memory is the driver's until `done`.
+
+    def read_later(self, start: int, view: memoryview, done: Done) -> bool:
+        """`read` like that. `view` is not empty."""
+        del start, view, done
+        return False
+
+    def write_later(self, start: int, view: memoryview, done: Done) -> bool:
+        """`write` like that. `view` is not empty."""
+        del start, view, done
+        return False
+
+    def flush_later(self, done: Done) -> bool:
+        """`flush` like that."""
+        del done
+        return False
+
     @property
     def detects_zeroes(self) -> BlockdevDetectZeroesOptions:
         """What this node, or else one below, wants done with writes that are all zero."""
-        wanted = [self.options.detect_zeroes, *(edge.node.detects_zeroes for edge in self.children.values())]
-        return next((each for each in wanted if each is not BlockdevDetectZeroesOptions.OFF), wanted[0])
+        wanted = self.options.detect_zeroes
+        for edge in self.children.values():
+            if wanted is not BlockdevDetectZeroesOptions.OFF:
+                break
+            wanted = edge.node.detects_zeroes
+        return wanted
 
     # Changing what is there ------------------------------------------------------------------------------------
 
@@ -219,8 +220,11 @@ class Node:
 
         await self._on_children(start, length, act)
 
-    def cancel_in_flight(self) -> None:
-        """Have requests that wait for something outside (a server that is gone, say) fail soon. On the node's loop."""
+    def cancel_in_flight(self, user: Root | None = None) -> None:
+        """Have requests that wait for something outside (a server that is gone, say) fail soon, or those of one user.
+
+        Called on the node's loop. A user is `given_up` then, which is for the driver to look at before it waits anew.
+        """
 
     async def prefetch(self, start: int, length: int) -> None:
         """Bring the range into the page cache."""

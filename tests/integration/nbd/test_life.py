@@ -434,3 +434,26 @@ def test_a_hundred_lives_leave_nothing_open(daemon):
     eventually(lambda: count_files() == before)
     assert in_flight(daemon.daemon) == {}
     assert len(daemon.events) == 31
+
+
+def test_who_comes_while_the_nodes_are_drained_waits_like_the_others(tmp_path):
+    """Its write must not land in the middle of a snapshot."""
+    (tmp_path / "disk").write_bytes(bytes(1 << 20))
+    with DaemonThread() as daemon:
+        daemon.execute("blockdev-add", driver="file", node_name="disk", filename=str(tmp_path / "disk"))
+        daemon.export("disk", "disk", writable=True)
+
+        async def drained() -> bytes:
+            graph = daemon.daemon.graph
+            async with graph.changing, graph.drained(graph.tree_of(graph.nodes["disk"])):
+                clients.append(await asyncio.to_thread(daemon.client, "disk"))
+                cookies.append(clients[0].submit(Cmd.WRITE, 0, 4096, payload=b"\1" * 4096))
+                await asyncio.to_thread(clients[0].push)
+                await asyncio.sleep(0.1)  # a write that is not held back has long been done by then
+                return (tmp_path / "disk").read_bytes()[:4096]
+
+        clients, cookies = [], []
+        assert daemon.call(drained) == bytes(4096)
+        with clients[0] as client:
+            assert client.wait(cookies[0]).error == 0
+        assert (tmp_path / "disk").read_bytes()[:4096] == b"\1" * 4096

@@ -222,3 +222,31 @@ def test_a_tree_moves_while_a_client_is_connected(daemon, tmp_path):
             assert other.read(1000, 5) == b"moved"
             other.zero(0, SIZE)
         assert client.read(0, SIZE) == bytes(SIZE)
+
+
+def test_marking_dirty_bitmaps_drops_no_places(daemon, tmp_path):
+    """Neither those of who writes nor those of other exports of the node; with several nodes that record, too."""
+    (tmp_path / "raw").write_bytes(b"r" * SIZE)
+    file = {"driver": "file", "node-name": "file", "filename": str(tmp_path / "raw")}
+    daemon.execute("blockdev-add", driver="raw", node_name="whole", file=file)
+    serve(daemon, tmp_path, (Kind.PLAIN,))
+    for node in ("n", "whole", "file"):
+        daemon.execute("block-dirty-bitmap-add", node=node, name="b", granularity=4096)
+    daemon.export("n", "n2", "n2")
+    for name in ("w", "w2"):
+        daemon.export("whole", name, name)
+    exports = {each.name: each for each in daemon.daemon.nbd_server.exports}
+    for name, other, nodes_of in (("", "n2", ("n",)), ("w", "w2", ("whole", "file"))):
+        with daemon.client(name) as client, daemon.client(other) as another:
+            for each in (client, another, client):  # the first loads what the node knows of places
+                each.write(0, b"1" * 4096)
+            known = [(exports[each].places.whole, dict(exports[each].places.granules)) for each in (name, other)]
+            for at in range(0, CLUSTER, 8192):
+                client.write(at, b"2" * 4096)
+            client.write(6000, b"3" * 4096)
+            assert [(exports[each].places.whole, exports[each].places.granules) for each in (name, other)] == known
+            assert known[0][0] is not None or known[0][1]
+            assert another.read(6000, 4096) == b"3" * 4096
+        for node in nodes_of:
+            marked = daemon.daemon.graph.nodes[node].dirty_bitmaps["b"].bits
+            assert int.from_bytes(marked, "little") == 0b101010101010111

@@ -21,6 +21,7 @@ def test_a_request_is_the_same_request(mode, flags, kind, cookie, offset, length
     head, *rest = fast.unpack(data, 0)
     assert fast.header == len(data)
     assert codec.is_request(mode, head)
+    assert codec.head(mode, plain) == head
     assert codec.request(head, *rest) == plain == wire.Request.parse(data, mode)
     assert (head == fast.read_head) == (kind == Cmd.READ and flags == 0)
     assert (head == fast.read_df_head) == (mode is not Mode.SIMPLE and kind == Cmd.READ and flags == CmdFlag.DF)
@@ -35,7 +36,7 @@ def test_anything_but_the_magic_is_no_request(mode, magic, data):
     assert codec.is_request(mode, head) == (magic == wire.REQUEST_LAYOUT[mode][0])
 
 
-@given(mode=MODES, cookie=U64, offset=U64, length=st.integers(1, 32 << 20))
+@given(mode=MODES, cookie=U64, offset=U64, length=st.integers(1, 4096) | st.integers(1, 32 << 20))
 def test_a_data_header_is_the_same_header(mode, cookie, offset, length):
     request = wire.Request(0, Cmd.READ, cookie, offset, length)
     fast = codec.FAST[mode]
@@ -47,6 +48,8 @@ def test_a_data_header_is_the_same_header(mode, cookie, offset, length):
     }[mode]
     fast.pack_data(out, 0, fast.data_prefix, cookie.to_bytes(8, "big"), *values)
     assert out == wire.data_header(mode, request, offset, length, done=True)
+    if length <= 4096:
+        assert codec.data_reply(mode, cookie.to_bytes(8, "big"), offset, length) == out + bytes(length)
 
 
 @given(mode=MODES, cookie=U64, offset=U64)

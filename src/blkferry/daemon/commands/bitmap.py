@@ -38,7 +38,6 @@ def _node(graph: Graph, name: str) -> Node:
 
 def _find(graph: Graph, node_name: str, name: str) -> tuple[Node, DirtyBitmap]:
     node = _node(graph, node_name)
-    node.fit_bitmaps()
     return node, find_bitmap(node, name)
 
 
@@ -94,20 +93,15 @@ def _remove(graph: Graph, wanted: BlockDirtyBitmap) -> Undo:
     _check_writable(node, bitmap)
     before = dict(node.dirty_bitmaps)
     del node.dirty_bitmaps[wanted.name]
-
-    def undo() -> None:
-        node.dirty_bitmaps = before
-
-    return undo
+    return lambda: node.dirty_bitmaps.replace(before)
 
 
 def _clear(graph: Graph, wanted: BlockDirtyBitmap) -> Undo:
     node, bitmap = _find(graph, wanted.node, wanted.name)
     bitmap.check(busy=True, inconsistent=True)
     _check_writable(node, bitmap)
-    before = bitmap.bits
-    bitmap.clear()
-    return lambda: setattr(bitmap, "bits", before)
+    before = bitmap.clear()
+    return lambda: bitmap.restore(before)
 
 
 def _enable(graph: Graph, wanted: BlockDirtyBitmap) -> Undo:
@@ -131,10 +125,10 @@ def _merge(graph: Graph, wanted: BlockDirtyBitmapMerge) -> Undo:
     node, target = _find(graph, wanted.node, wanted.target)
     target.check(busy=True, inconsistent=True)
     _check_writable(node, target)
-    before = bytearray(target.bits)
+    before = bytearray(target.array)
 
     def undo() -> None:
-        target.bits = before
+        target.restore(before)
 
     try:
         for each in wanted.bitmaps:
@@ -162,6 +156,6 @@ ACTIONS: Final[dict[str, Callable[[Graph, Any], Undo]]] = {
 @command("x-debug-block-dirty-bitmap-sha256")
 async def block_dirty_bitmap_sha256(daemon: Daemon, arguments: BlockDirtyBitmap) -> BlockDirtyBitmapSha256:
     _, bitmap = _find(daemon.graph, arguments.node, arguments.name)
-    words = bytes(bitmap.bits)
+    words = bitmap.bits
     words += bytes(-len(words) % 8 or (8 if not words else 0))
     return BlockDirtyBitmapSha256(sha256=hashlib.sha256(words).hexdigest())

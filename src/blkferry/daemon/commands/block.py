@@ -102,7 +102,6 @@ def _describe(node: Node, *, flat: bool) -> BlockDeviceInfo:
 
 
 def _dirty_bitmaps(node: Node) -> list[BlockDirtyInfo]:
-    node.fit_bitmaps()
     return [
         BlockDirtyInfo(
             name=bitmap.name,
@@ -113,7 +112,7 @@ def _dirty_bitmaps(node: Node) -> list[BlockDirtyInfo]:
             persistent=bitmap.persistent,
             inconsistent=bitmap.inconsistent or None,
         )
-        for bitmap in reversed(node.dirty_bitmaps.values())
+        for bitmap in reversed([*node.dirty_bitmaps.values()])
     ]
 
 

@@ -7,9 +7,9 @@ every rule.
 
 from __future__ import annotations
 
-import asyncio
 from typing import Final
 
+from blkferry.plane.engine import Done
 from blkferry.wire.nbd.constants import (
     EXTENDED_REPLY_MAGIC,
     SIMPLE_REPLY_MAGIC,
@@ -40,25 +40,25 @@ _OFFSET_DATA: Final = int(Chunk.OFFSET_DATA)
 
 
 class Call:
-    """A request in flight. `view` is what a READ fills, `error` and `extents` what came of it."""
+    """A request in flight, for `user`. `view` is what a READ fills, `error` and `extents` what came of it.
 
-    __slots__ = ("command", "error", "extents", "future", "known", "length", "start", "view")
+    `done` is called once, with the negated error.
+    """
+
+    __slots__ = ("command", "done", "error", "extents", "known", "length", "start", "user", "view")
 
     def __init__(
-        self, command: int, start: int, length: int, view: memoryview | None, future: asyncio.Future[None]
+        self, command: int, start: int, length: int, view: memoryview | None, done: Done, user: object = None
     ) -> None:
         self.command = command
         self.start = start
         self.length = length
         self.view = view
-        self.future = future
+        self.done = done
+        self.user = user
         self.error = 0
         self.extents: tuple[tuple[int, int], ...] = ()
         self.known = False  # to the Replies
-
-    def complete(self) -> None:
-        if not self.future.done():
-            self.future.set_result(None)
 
 
 class Answers:
@@ -87,15 +87,22 @@ class Answers:
         return 0
 
     def _take_chunks(self, data: memoryview) -> tuple[int, bool]:
-        """Complete what needs one plain chunk. How far that got, and whether only the rest of one is missing there."""
+        """Complete what needs one plain chunk, or as little as a simple reply says.
+
+        Returns how far that got, and whether only the rest of one is missing there.
+        """
         unpack, size, magic = self._layout.unpack_from, self._layout.size, self._magic
         is_extended = self._mode is Mode.EXTENDED
         calls = self.calls
         at, end = 0, len(data)
-        while at + size <= end:
-            fields = unpack(data, at)
+        while True:
+            if at + size > end or (fields := unpack(data, at))[0] != magic:
+                if not self._take_success(data, at):
+                    return at, at + size > end
+                at += SIMPLE_REPLY.size
+                continue
             call = calls.get(fields[3])
-            if call is None or fields[0] != magic or fields[1] != _DONE:
+            if call is None or fields[1] != _DONE:
                 return at, False
             if is_extended and fields[4] != call.start:
                 return at, False
@@ -112,9 +119,24 @@ class Answers:
                 kind != _NONE or length or call.command in (_READ, _BLOCK_STATUS) or not self._settled(fields[3], call)
             ):
                 return at, False
-            call.complete()
+            call.done(0)
             at = stop
-        return at, True
+
+    def _take_success(self, data: memoryview, at: int) -> bool:
+        """Complete what a simple reply without an error answers: most servers send it where no bytes are asked for.
+
+        With extended headers there is no such thing.
+        """
+        if self._mode is Mode.EXTENDED or at + SIMPLE_REPLY.size > len(data):
+            return False
+        magic, error, cookie = SIMPLE_REPLY.unpack_from(data, at)
+        call = self.calls.get(cookie)
+        if magic != SIMPLE_REPLY_MAGIC or error or call is None or call.command in (_READ, _BLOCK_STATUS):
+            return False
+        if not self._settled(cookie, call):
+            return False
+        call.done(0)
+        return True
 
     def _take_simple(self, data: memoryview) -> tuple[int, bool]:
         """The same for simple replies without an error."""
@@ -134,7 +156,7 @@ class Answers:
                 return at, False
             if call.command == _READ and call.view is not None:
                 call.view[:] = data[first:stop]
-            call.complete()
+            call.done(0)
             at = stop
         return at, True
 
@@ -165,4 +187,4 @@ class Answers:
                     call.error = error if error in _ERRNOS else Errno.EINVAL
             if done:
                 del self.calls[request.cookie]
-                call.complete()
+                call.done(-call.error)

@@ -1,16 +1,20 @@
 """One connection in its transmission phase: many requests in flight, one send for those of a turn, one reader.
 
-Whoever calls gives the memory that is read into or written from, and waits. A caller that is cancelled costs the
-connection: its memory must not be touched any more, and half a request cannot be taken back.
+Whoever calls lends the memory that is read into or written from until he is answered. He may be told before the server
+has answered that he waits in vain: then his memory is left alone, and the call is `forsaken` until the answer comes.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from blkferry.drivers.nbd.answers import Answers, Call
+from blkferry.plane.drain import InFlight
+from blkferry.plane.engine import Done
 from blkferry.plane.loops import ended_unseen
 from blkferry.plane.tls import TlsSocket
 from blkferry.wire.nbd.constants import Cmd, CmdFlag, Mode
@@ -25,22 +29,32 @@ log = logging.getLogger(__name__)
 _PIECES: Final = 512  # of one gathered send; the kernel takes 1024
 _RECEIVES: Final = 8  # of one turn, so that no server starves others on the loop
 
+_WRITE, _PAYLOAD_LEN = int(Cmd.WRITE), int(CmdFlag.PAYLOAD_LEN)
+
+LOST: Final = 1
+"""The result of a call whose connection ended before it was answered; all others are 0 or negative."""
+
 
 class ConnectionLost(Exception):  # noqa: N818 - an outcome that callers expect
     """The connection ended before this request was answered."""
 
 
 class Connection:
-    """`call` is for the loop of `services`; between calls `detach` frees it for another loop."""
+    """`call` and `begin` are for the loop of `services`; between calls `detach` frees it for another loop.
 
-    def __init__(self, session: Session, services: Services) -> None:
+    `forsaken` counts what a server may still do although nobody waits for it any more.
+    """
+
+    def __init__(self, session: Session, services: Services, forsaken: InFlight) -> None:
         self.session = session
         self.services = services
         self.lost = False
+        self.forsaken = forsaken
         self._sock = session.sock
         self._answers = Answers(session.mode, session.context)
         self._tail = b""  # received, but of no use before what follows it
         self._magic, self._layout = REQUEST_LAYOUT[session.mode]
+        self._is_extended = session.mode is Mode.EXTENDED
         self._cookie = 0
         self._out: list[bytes | memoryview] = []
         self._attached = False
@@ -55,34 +69,85 @@ class Connection:
     # Requests ---------------------------------------------------------------------------------------------------
 
     async def call(
-        self, command: Cmd, start: int, length: int, *, flags: int = 0, view: memoryview | None = None
+        self,
+        command: Cmd,
+        start: int,
+        length: int,
+        *,
+        flags: int = 0,
+        view: memoryview | None = None,
+        user: object = None,
     ) -> tuple[tuple[int, int], ...]:
-        """Send a request and wait for its reply; the extents of a BLOCK_STATUS are returned.
+        """`begin` and wait for the reply; the extents of a BLOCK_STATUS are returned.
 
-        `view` is filled by a READ and sent by a WRITE. Raises OSError as the server says, or ConnectionLost.
+        Raises OSError as the server says, or ConnectionLost.
         """
         if self.lost:
             raise ConnectionLost
-        self._attach()
-        if command == Cmd.WRITE and self.session.mode is Mode.EXTENDED:
-            flags |= CmdFlag.PAYLOAD_LEN
-        self._cookie += 1
-        call = Call(command, start, length, view, self.services.loop.create_future())
-        self._answers.calls[self._cookie] = call
-        self._out.append(self._layout.pack(self._magic, flags, command, self._cookie, start, length))
-        if command == Cmd.WRITE and view is not None:
+        future: asyncio.Future[int] = self.services.loop.create_future()
+        call = self.begin(command, start, length, partial(_settle, future), flags=flags, view=view, user=user)
+        try:
+            result = await future
+        except asyncio.CancelledError:
+            self._forsake(call)
+            raise
+        if result == LOST:
+            raise ConnectionLost
+        if result:
+            raise OSError(-result, f"the NBD server answered with error {-result}")
+        return call.extents
+
+    def begin(
+        self,
+        command: int,
+        start: int,
+        length: int,
+        done: Done,
+        *,
+        flags: int = 0,
+        view: memoryview | None = None,
+        user: object = None,
+    ) -> Call:
+        """Send a request for `user` at the end of this turn, on a connection that is not lost.
+
+        `view` is filled by a READ and sent by a WRITE. `done` is called once, later, with 0, a negated errno or LOST.
+        """
+        if not self._attached:
+            self._attached = True
+            self.services.loop.add_reader(self._sock.fileno(), self._readable)
+        if command == _WRITE and self._is_extended:
+            flags |= _PAYLOAD_LEN
+        self._cookie = cookie = self._cookie + 1
+        self._answers.calls[cookie] = call = Call(command, start, length, view, done, user)
+        self._out.append(self._layout.pack(self._magic, flags, command, cookie, start, length))
+        if command == _WRITE and view is not None:
             self._out.append(view)
         if not self._pushing:
             self._pushing = True
             self.services.loop.call_soon(self._push)
-        try:
-            await call.future
-        except asyncio.CancelledError:
-            self.end("a request was cancelled")
-            raise
-        if call.error:
-            raise OSError(call.error, f"the NBD server answered with error {call.error}")
-        return call.extents
+        return call
+
+    def give_up(self, user: object) -> None:
+        """Tell those who wait for the sake of `user` that they do so in vain."""
+        for call in [each for each in self._answers.calls.values() if each.user is user]:
+            done = call.done
+            self._forsake(call)
+            done(-errno.EIO)
+
+    def _forsake(self, call: Call) -> None:
+        """Leave its memory alone from now on, and its `done`, unless it has been answered."""
+        if call not in self._answers.calls.values():
+            return
+        view, call.view = call.view, None
+        for number, piece in enumerate(self._out):
+            if view is not None and isinstance(piece, memoryview) and piece.obj is view.obj:
+                self._out[number] = bytes(piece)  # of this call, or of another: a copy does no harm
+        call.user, call.done = None, self._answered_late
+        self.forsaken.begin()
+
+    def _answered_late(self, result: int) -> None:
+        del result
+        self.forsaken.end()
 
     def _push(self) -> None:
         self._pushing = False
@@ -148,11 +213,6 @@ class Connection:
 
     # Life -------------------------------------------------------------------------------------------------------
 
-    def _attach(self) -> None:
-        if not self._attached:
-            self._attached = True
-            self.services.loop.add_reader(self._sock.fileno(), self._readable)
-
     def detach(self) -> None:
         """Leave the loop; nothing is in flight."""
         if self._attached:
@@ -163,7 +223,7 @@ class Connection:
             self.services.loop.remove_writer(self._sock.fileno())
 
     def end(self, why: str) -> None:
-        """Close the connection; all that is in flight raises ConnectionLost."""
+        """Close the connection; all that is in flight is LOST."""
         if self.lost:
             return
         self.lost = True
@@ -171,11 +231,12 @@ class Connection:
         self._close()
 
     def leave(self) -> None:
-        """Say goodbye and close; nothing is in flight."""
+        """Say goodbye and close; nobody waits for anything."""
         if not self.lost:
             self.lost = True
             try:
-                self._sock.send(Request(0, Cmd.DISC, 0, 0, 0).build(self.session.mode))
+                if not self._out:
+                    self._sock.send(Request(0, Cmd.DISC, 0, 0, 0).build(self.session.mode))
             except OSError:
                 log.debug("The NBD server is gone already")
             self._close()
@@ -186,5 +247,9 @@ class Connection:
         self._out.clear()
         calls, self._answers.calls = self._answers.calls, {}
         for call in calls.values():
-            if not call.future.done():
-                call.future.set_exception(ConnectionLost())
+            call.done(LOST)
+
+
+def _settle(future: asyncio.Future[int], result: int) -> None:
+    if not future.done():
+        future.set_result(result)

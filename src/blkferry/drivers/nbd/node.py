@@ -13,17 +13,19 @@ import asyncio
 import contextlib
 import errno
 import ssl
-import time
 from typing import Annotated, ClassVar, Literal
 
-from blkferry.drivers.nbd.connection import ConnectionLost
 from blkferry.drivers.nbd.dial import Target, dial, shown
 from blkferry.drivers.nbd.haggling import Session
-from blkferry.drivers.nbd.line import FIRST_PAUSE, Line, persist
+from blkferry.drivers.nbd.line import persist
+from blkferry.drivers.nbd.lines import Lines
 from blkferry.errors import Error, ErrorKind
 from blkferry.extent import MAX_EXTENTS, Content, Effort, Extent
 from blkferry.graph.graph import Graph, Opening
 from blkferry.graph.node import Node
+from blkferry.graph.root import Root
+from blkferry.plane.drain import InFlight
+from blkferry.plane.engine import Done
 from blkferry.plane.services import Services
 from blkferry.schema.block import BlockdevOptions
 from blkferry.schema.qapi import EXTENSION, Doc, Uint8, Uint32, branch
@@ -37,6 +39,7 @@ _DEEP = (
     2  # what is below the uppermost layer, however deep, reads as zeroes in terms of base:allocation: as QEMU has it
 )
 
+_READ, _WRITE, _FLUSH = int(Cmd.READ), int(Cmd.WRITE), int(Cmd.FLUSH)  # to pack an IntEnum takes longer
 MAX_CONNECTIONS = 16
 """As many as a server may be asked to serve one disk by, like others do."""
 
@@ -78,8 +81,7 @@ class Nbd(Node):
     options: BlockdevOptionsNbd
 
     async def open(self, opening: Opening) -> None:
-        self._lines: list[Line] = []
-        self._epoch = 0  # counts how often all that was in flight was given up
+        self._lines = Lines(self.services, self._dial_again, self.options.reconnect_delay)
         if len((self.options.export or "").encode()) > MAX_STRING:
             raise Error(ErrorKind.INVALID_ARGUMENT, "export name too long to send to server")
         if len((self.options.x_dirty_bitmap or "").encode()) > MAX_STRING:
@@ -93,21 +95,19 @@ class Nbd(Node):
         self._minimum, self._maximum = session.minimum, session.maximum
         self.length = session.size
         self.alignment = self.remap_alignment = session.minimum
-        self._writes = asyncio.Lock()
+        self._edges = asyncio.Lock()  # held by who reads an edge and writes it back: no change may come between
+        self._writes = InFlight()  # of whole blocks, by callbacks
         self._changes = 0
         self._answers: dict[int, list[Extent]] = {}
         self._has_context = session.context is not None
-        self._lines.append(self._line(session))
+        self._lines.add(session)
         if self._flags & TransmissionFlag.READ_ONLY and not self.read_only:
             if not opening.auto_read_only:
                 raise Error(ErrorKind.DENIED, "request on write denied without write permission")
             self.read_only = True
         if self._flags & TransmissionFlag.CAN_MULTI_CONN:
             for _ in range(1, self.options.connections):
-                self._lines.append(self._line(await self._dial_again()))
-
-    def _line(self, session: Session) -> Line:
-        return Line(session, self.services, self._dial_again, self.options.reconnect_delay)
+                self._lines.add(await self._dial_again())
 
     def _aim(self, graph: Graph) -> Target:
         options = self.options
@@ -153,7 +153,7 @@ class Nbd(Node):
         if self._has_context:
             first = align_down(start, self._minimum)
             most = min(align_up(start + length, self._minimum), self.length, first + GIB) - first
-            extents = await self._call(Cmd.BLOCK_STATUS, first, most)
+            extents = await self._lines.call(Cmd.BLOCK_STATUS, first, most)
             if changes == self._changes and extents:  # else it may be of before a write: data is always right
                 if self.options.x_dirty_bitmap == ALLOCATION_DEPTH:
                     extents = tuple((each, min(depth, _DEEP)) for each, depth in extents)
@@ -176,7 +176,15 @@ class Nbd(Node):
     async def _read(self, start: int, view: memoryview) -> None:
         for at in range(0, len(view), self._maximum):
             part = view[at : at + self._maximum]
-            await self._call(Cmd.READ, start + at, len(part), view=part)
+            await self._lines.call(Cmd.READ, start + at, len(part), view=part)
+
+    def read_later(self, start: int, view: memoryview, done: Done) -> bool:
+        length = len(view)
+        return (
+            length <= self._maximum
+            and not (self._minimum > 1 and (start | length) & (self._minimum - 1))
+            and self._lines.begin(_READ, start, length, view, done)
+        )
 
     async def write(self, start: int, view: memoryview) -> None:
         if self._minimum == 1:
@@ -184,7 +192,8 @@ class Nbd(Node):
             return
         end = start + len(view)
         first, last = align_down(start, self._minimum), min(align_up(end, self._minimum), self.length)
-        async with self._writes:  # no write may come between the reading of an edge and its writing
+        async with self._edges:
+            await self._writes.idle()
             if (first, last) != (start, end):
                 whole = memoryview(bytearray(last - first))
                 await self._read(first, whole)
@@ -197,18 +206,35 @@ class Nbd(Node):
             part = view[at : at + self._maximum]
             await self._change(Cmd.WRITE, start + at, len(part), view=part)
 
+    def write_later(self, start: int, view: memoryview, done: Done) -> bool:
+        if len(view) > self._maximum:
+            return False
+        if self._minimum > 1 and ((start | len(view)) & (self._minimum - 1) or self._edges.locked()):
+            return False
+
+        def written(result: int) -> None:
+            self._changed()
+            self._writes.end()
+            done(result)
+
+        if not self._lines.begin(_WRITE, start, len(view), view, written):
+            return False
+        self._changed()
+        self._writes.begin()
+        return True
+
     async def remap(self, start: int, length: int, *, unmap: bool, fast: bool) -> None:
         wanted = TransmissionFlag.SEND_WRITE_ZEROES | (TransmissionFlag.SEND_FAST_ZERO if fast else 0)
         if self._flags & wanted != wanted:
             raise OSError(errno.ENOTSUP, "the NBD server cannot do that")
         flags = (0 if unmap and self.unmaps else CmdFlag.NO_HOLE) | (CmdFlag.FAST_ZERO if fast else 0)
-        async with self._writes:
+        async with self._whole_blocks():
             for at in range(start, start + length, GIB):
                 await self._change(Cmd.WRITE_ZEROES, at, min(GIB, start + length - at), flags=flags)
 
     async def discard(self, start: int, length: int) -> None:
         if self.unmaps and self._flags & TransmissionFlag.SEND_TRIM:
-            async with self._writes:
+            async with self._whole_blocks():
                 for at in range(start, start + length, GIB):
                     await self._change(Cmd.TRIM, at, min(GIB, start + length - at))
 
@@ -217,54 +243,33 @@ class Nbd(Node):
             first = align_down(start, self._minimum)
             end = min(align_up(start + length, self._minimum), self.length)
             for at in range(first, end, self._maximum):
-                await self._call(Cmd.CACHE, at, min(self._maximum, end - at))
+                await self._lines.call(Cmd.CACHE, at, min(self._maximum, end - at))
 
     async def flush(self) -> None:
         if self._flags & TransmissionFlag.SEND_FLUSH:
-            await self._call(Cmd.FLUSH, 0, 0)
+            await self._lines.call(Cmd.FLUSH, 0, 0)
+
+    def flush_later(self, done: Done) -> bool:
+        return bool(self._flags & TransmissionFlag.SEND_FLUSH) and self._lines.begin(_FLUSH, 0, 0, None, done)
+
+    def _whole_blocks(self) -> contextlib.AbstractAsyncContextManager[None]:
+        """For a change of whole blocks: it comes between nobody's reading and writing of an edge."""
+        return self._edges if self._minimum > 1 else contextlib.nullcontext()
 
     async def _change(
         self, command: Cmd, start: int, length: int, *, flags: int = 0, view: memoryview | None = None
     ) -> None:
+        self._changed()
+        try:
+            await self._lines.call(command, start, length, flags=flags, view=view)
+        finally:
+            self._changed()
+
+    def _changed(self) -> None:
         self._changes += 1
         self._answers.clear()
-        try:
-            await self._call(command, start, length, flags=flags, view=view)
-        finally:
-            self._changes += 1
-            self._answers.clear()
 
     # Connections ------------------------------------------------------------------------------------------------
-
-    async def _call(
-        self, command: Cmd, start: int, length: int, *, flags: int = 0, view: memoryview | None = None
-    ) -> tuple[tuple[int, int], ...]:
-        deadline, epoch = None, self._epoch
-        while True:
-            line = self._lines[0] if len(self._lines) == 1 else self._least_busy()
-            connection = line.connection
-            if connection.lost:
-                connection = await line.connected()
-            try:
-                return await connection.call(command, start, length, flags=flags, view=view)
-            except ConnectionLost:
-                if epoch != self._epoch:
-                    raise OSError(errno.EIO, "it was given up") from None
-                if deadline is None:
-                    deadline = time.monotonic() + self.options.reconnect_delay
-                else:
-                    await asyncio.sleep(FIRST_PAUSE)  # it was lost again: a server that hangs up on every request
-                if time.monotonic() >= deadline and all(line.connection.lost for line in self._lines):
-                    raise OSError(errno.EIO, "the connection to the NBD server has ended") from None
-
-    def _least_busy(self) -> Line:
-        live: list[Line] = []
-        for line in self._lines:
-            if line.connection.lost:
-                line.revive()
-            else:
-                live.append(line)
-        return min(live or self._lines, key=lambda line: line.connection.in_flight)
 
     async def _dial_again(self) -> Session:
         """Another connection to the same disk. Raises Error."""
@@ -288,24 +293,19 @@ class Nbd(Node):
                 return unix_uri(path, self.options.export)
         return f"nbd:{shown(self.options.server)}"
 
-    def cancel_in_flight(self) -> None:
-        self._epoch += 1
-        for line in self._lines:
-            line.give_up()
+    def cancel_in_flight(self, user: Root | None = None) -> None:
+        self._lines.give_up(user)
 
     async def pause(self) -> None:
-        for line in self._lines:
-            line.pause()
+        self._lines.pause()
 
     def move(self, services: Services) -> None:
         super().move(services)
-        self._writes = asyncio.Lock()
-        for line in self._lines:
-            line.move(services)
+        self._edges = asyncio.Lock()
+        self._lines.move(services)
 
     async def close(self) -> None:
-        for line in self._lines:
-            line.leave()
+        self._lines.leave()
 
 
 def _translate(extents: tuple[tuple[int, int], ...], at: int, start: int, end: int) -> list[Extent]:

@@ -146,15 +146,15 @@ class StoredBitmaps:
         table = bitmap_directory.parse_table(bytes(await file.get(entry.table_offset, 8 * entry.table_size)), size)
         for index, place in enumerate(table):
             at = index * size
-            length = min(size, len(bitmap.bits) - at)
+            length = min(size, len(bitmap.array) - at)
             if length <= 0:
                 break
             if place == ALL_ONES:
-                bitmap.bits[at : at + length] = b"\xff" * length
+                bitmap.array[at : at + length] = b"\xff" * length
             elif place:
-                bitmap.bits[at : at + length] = await file.get(place, length)
+                bitmap.array[at : at + length] = await file.get(place, length)
         if bitmap.count & 7:
-            bitmap.bits[-1] &= (1 << (bitmap.count & 7)) - 1
+            bitmap.array[-1] &= (1 << (bitmap.count & 7)) - 1
         return bitmap
 
     async def _write_flags(self, node: Qcow2, in_use: BitmapFlags) -> None:
@@ -177,6 +177,8 @@ class StoredBitmaps:
         kept = _kept(node)
         if not kept:
             return
+        for bitmap in kept.values():
+            bitmap.take_over()
         if any(bitmap.changed for bitmap in kept.values()):
             await self._store_changed(node, kept)
         else:
@@ -249,7 +251,7 @@ class StoredBitmaps:
         table: list[int] = []
         entries = bitmap_directory.table_size_of(node.header.size, bitmap.granularity_bits, size)
         for index in range(entries):
-            part = bytes(bitmap.bits[index * size : (index + 1) * size])
+            part = bytes(bitmap.array[index * size : (index + 1) * size])
             if not any(part):
                 table.append(0)
             elif len(part) == size and part == b"\xff" * size:
@@ -261,7 +263,7 @@ class StoredBitmaps:
 
 def _check_room(node: Qcow2, entry: BitmapEntry) -> None:
     """A small file can name huge bitmaps: those who only read the disk do not pay for more than the largest one."""
-    needed = sum(len(bitmap.bits) for bitmap in _kept(node).values()) + (node.length >> entry.granularity_bits + 3)
+    needed = sum(len(bitmap.array) for bitmap in _kept(node).values()) + (node.length >> entry.granularity_bits + 3)
     if needed > MAX_BITMAP_SIZE:
         raise Error(ErrorKind.NO_SPACE, f"the bitmaps would take {needed} bytes of memory")
 
@@ -276,5 +278,5 @@ def _put(node: Qcow2, stored: DirtyBitmap) -> None:
     if bitmap is None:
         node.dirty_bitmaps[stored.name] = stored
         return
-    bitmap.bits, bitmap.size, bitmap.changed = stored.bits, stored.size, False
+    bitmap.array, bitmap.size, bitmap.changed = stored.array, stored.size, False
     bitmap.inconsistent = stored.inconsistent

@@ -57,13 +57,11 @@ class HostFile:
         """The storage behind the whole file and how far its offsets are shifted, if buffered writes there are all it
         takes; None where writes have to go through the node.
         """
-        if any(node.dirty_bitmaps for node in depends_on(self.node)):
-            return None  # what the file grows by would not be marked
         if self._place is None and self.node.length:
             runs = access.resolve(self.node, 0, self.node.length, Effort.PLACE)
             if not isinstance(runs, Miss) and len(runs) == 1:
                 (run,) = runs
-                if run.in_place and run.storage is not None and not run.storage.direct:
+                if run.in_place and not run.marks and run.storage is not None and not run.storage.direct:
                     self._place = (run.storage, run.offset)
         return self._place
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from blkferry.drivers.qcow2.words import CorruptError
 from blkferry.graph import access
+from blkferry.graph.root import asker
 
 if TYPE_CHECKING:
     from blkferry.drivers.qcow2.hostfile import HostFile
@@ -101,6 +102,7 @@ class Reclaiming:
         task.add_done_callback(self._counting.discard)
 
     async def _in_background(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        asker.set(None)  # it is not done for the sake of whose request led to it
         try:
             await work()
         except CorruptError as error:

@@ -2,14 +2,15 @@
 
 Theory of operation. A turn starts when the socket is readable. One recv fills the loop's shared scratch memory; every
 whole request in it is executed in order and the replies are gathered and sent with one call (`turn`). A request takes
-one of three roads:
+one of four roads:
 
 - inline: reads that cannot sleep, and buffered writes, right in the turn (R3); large reads go by sendfile (R4);
 - engine: what may sleep (cold reads, O_DIRECT, FUA, flush), finished by a callback; its replies are queued and leave
   together at the end of a batch of completions;
+- later: what one driver alone can do and begins at once (another server's disk), finished likewise by its callback;
 - task: everything that needs more than one step (`slow`): zeroes, discards, unaligned or split ranges.
 
-The first two need to know where the bytes are (`places`); what only a driver knows takes the third. What does not fit
+The first two need to know where the bytes are (`places`); what only a driver knows takes the others. What does not fit
 into a turn waits: an incomplete request in the stash, the payload of a large write in a buffer of its own, replies in
 the outbox. While replies wait for the socket, or too much is in flight, nothing new is read.
 
@@ -227,6 +228,8 @@ class NbdClient:
     # Receiving -------------------------------------------------------------------------------------------------
 
     def _readable(self) -> None:
+        if self._flush_scheduled:  # else replies that were queued a moment ago would look like those of a slow client
+            self.outbox.flush()
         if self.services.poll_seconds:
             # A client that we slept through looks late by the time it takes to wake up.
             patience = self.services.poll_seconds * (1 if self._polled_in_vain else 2)

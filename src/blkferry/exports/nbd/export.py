@@ -45,6 +45,7 @@ class NbdExport(Export):
         self.size = 0
         self.places = Places(root, writable=options.writable)
         self._bitmaps: list[DirtyBitmap] = []
+        self._paused = False
 
     @classmethod
     def permissions(cls, options: BlockExportOptions) -> tuple[Permission, Permission]:
@@ -104,7 +105,8 @@ class NbdExport(Export):
         """Serve a client that finished its handshake. Called on the main loop, which counts the client from now on."""
         client = NbdClient(self, sock, negotiated, leftover, peer, self._client_closed, identity)
         self.clients.add(client)
-        self.root.services.loop.call_soon_threadsafe(client.resume)
+        if not self._paused:
+            self.root.services.loop.call_soon_threadsafe(client.resume)
 
     def _client_closed(self, client: NbdClient) -> None:
         self.server.loop.call_soon_threadsafe(self._forget, client)
@@ -147,10 +149,12 @@ class NbdExport(Export):
             self.server.remove(self)
 
     async def pause(self) -> None:
+        self._paused = True  # who comes now waits, too
         for client in list(self.clients):
             await self.root.services.run(client.pause())
         self.places.drop()
 
     async def resume(self) -> None:
+        self._paused = False
         for client in list(self.clients):
             self.root.services.loop.call_soon_threadsafe(client.resume)

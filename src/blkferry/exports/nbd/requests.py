@@ -11,7 +11,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING
 
-from blkferry.exports.nbd import slow
+from blkferry.exports.nbd import later, slow
 from blkferry.exports.nbd.limits import (
     MAX_ENGINE_PIECES,
     MAX_READ_PIECES,
@@ -63,7 +63,7 @@ def dispatch(client: NbdClient, data: memoryview, pos: int, end: int, request: w
     elif request.type == Cmd.FLUSH and (target := client.root.node.flush_target()) is not None:
         client.begin(0)
         target.flush(lambda result: client.finished(request, result, 0))
-    else:
+    elif request.type != Cmd.FLUSH or not later.flush(client, request):
         client.spawn(slow.execute(client, request), 0)
     return pos
 
@@ -171,6 +171,8 @@ def _write(client: NbdClient, request: wire.Request, buffer: Buffer) -> None:
     length = request.length
     fua = bool(request.flags & _FUA) or client.root.writethrough
     spot = client.places.in_place(request.offset, length)
+    if spot is None and not fua and later.write(client, request, buffer):
+        return
     if spot is None or (fua and client.root.node.flush_target() is not spot[0]):
         client.spawn(slow.write(client, request, buffer), length)
         return
@@ -204,6 +206,8 @@ def _read(client: NbdClient, request: wire.Request) -> None:
             return
         if _gather(client, request, stretches):
             return
+    elif later.read(client, request):
+        return
     client.spawn(slow.execute(client, request), length)
 
 

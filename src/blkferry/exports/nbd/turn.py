@@ -15,9 +15,10 @@ import os
 import time
 from typing import TYPE_CHECKING
 
-from blkferry.exports.nbd import requests
+from blkferry.exports.nbd import later, requests
 from blkferry.exports.nbd.limits import (
     MAX_MAPPED,
+    MAX_PLAIN_READ,
     PUT_COST,
     SENDFILE_FROM,
     STALL_PENALTY,
@@ -26,7 +27,7 @@ from blkferry.exports.nbd.limits import (
     WRITE_SECONDS,
     ZEROES,
 )
-from blkferry.exports.places import NOWHERE
+from blkferry.exports.places import DRIVEN, NOWHERE
 from blkferry.graph import access
 from blkferry.plane.services import MAX_SLOTS, SCRATCH_OUT
 from blkferry.plane.window import REGION_BITS
@@ -36,7 +37,7 @@ from blkferry.wire.nbd.constants import MAX_REQUEST, Mode
 
 if TYPE_CHECKING:
     from blkferry.exports.nbd.client import NbdClient
-    from blkferry.exports.places import Lane, Places
+    from blkferry.exports.places import Lane, Piece, Places
     from blkferry.plane.storage import Storage
 
 
@@ -53,6 +54,7 @@ def serve(client: NbdClient, data: memoryview, end: int) -> int:
     read_end = write_end = map_end = hot_end = delta = inline_flags = hot = bits = mark_bits = 0
     fd = -1
     window = pieces = put = marking = marked = None
+    begins_writes = False
     current: Lane | Places | None = places  # neither a lane nor none
     throttled: Storage | Places = places
     started = places.turn = time.monotonic()
@@ -66,9 +68,6 @@ def serve(client: NbdClient, data: memoryview, end: int) -> int:
         hot_end = min(map_end - delta, read_end)
         if storage.direct or root.writethrough or started < storage.inline_writes_from:
             write_end = 0
-        marking = places.marking
-        if marking is not None:
-            marked, mark_bits = marking.marked, marking.bits
     else:
         replies.storages.clear()
         if client.outbox.lends:
@@ -76,6 +75,10 @@ def serve(client: NbdClient, data: memoryview, end: int) -> int:
         pieces, bits, size, node = places.granules, places.bits, places.size, root.node
         if places.may_write and not root.writethrough and started >= places.inline_writes_from:
             put = access.write_now
+        begins_writes = places.opaque and not client.read_only
+    marking = places.marking
+    if marking is not None:
+        marked, mark_bits = marking.marked, marking.bits
     mode = client.mode
     simple, structured = mode is Mode.SIMPLE, mode is Mode.STRUCTURED
     read_head, read_df_head, write_head, unpack, header, data_prefix, pack_data, data_header = codec.FAST[mode]
@@ -83,6 +86,7 @@ def serve(client: NbdClient, data: memoryview, end: int) -> int:
     straight = True
     written = carried = 0
     add_piece, add_spot, spots = replies.pieces.append, replies.spots.append, replies.spots
+    piece: Piece | None = NOWHERE
     pos = filled = begun = 0
     budget = TURN_BYTES
     while end - pos >= header:
@@ -179,11 +183,12 @@ def serve(client: NbdClient, data: memoryview, end: int) -> int:
                 filled = start + length
                 continue
         elif head == write_head and offset + length <= write_end and 0 < length <= end - pos - header:
-            if marked is not None:
+            if marking is not None:
                 stretch = offset >> mark_bits
-                if not marked[stretch] or offset + length > stretch + 1 << mark_bits:
-                    assert marking is not None
+                if marked is None or offset + length > stretch + 1 << mark_bits:
                     marking.mark(offset, length)
+                else:
+                    marked[stretch >> 3] |= 1 << (stretch & 7)
             pos += header
             storage.dirty += 1  # at once: a flush may follow in this very turn
             try:
@@ -237,6 +242,35 @@ def serve(client: NbdClient, data: memoryview, end: int) -> int:
                 if budget <= 0 or client.outbox.blocked:
                     break
                 continue
+        elif (
+            is_read
+            and piece is DRIVEN
+            and 0 < length <= MAX_PLAIN_READ
+            and offset + length <= size
+            and not client.must_wait()
+            and later.read_plain(client, head, cookie, offset, length)
+        ):
+            pos += header
+            straight = False
+            budget -= length
+            if budget <= 0:
+                break
+            continue
+        elif (
+            begins_writes
+            and head == write_head
+            and 0 < length <= end - pos - header
+            and offset + length <= size
+            and not client.must_wait()
+            and later.write_plain(client, head, cookie, offset, data[pos + header : pos + header + length])
+        ):
+            pos += header + length
+            carried += length
+            straight = False
+            budget -= length
+            if budget <= 0:
+                break
+            continue
         # Everything that is not the common case leaves the straight line here.
         budget -= replies.send(begun, filled, more=length >= SENDFILE_FROM)
         filled = begun = 0

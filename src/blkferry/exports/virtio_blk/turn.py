@@ -118,11 +118,11 @@ def _straight(queue: Queue, ring: SplitRing, *, inline_writes: bool) -> int:
             hot_end = map_end - delta if map_end else 0
         if storage.direct or not inline_writes:
             write_end = 0
-        marking = places.marking
-        if marking is not None:
-            marked, mark_bits = marking.marked, marking.bits
     else:
         pieces, bits = places.granules, places.bits
+    marking = places.marking
+    if marking is not None:
+        marked, mark_bits = marking.marked, marking.bits
     table, size, indirect = ring.descriptors, ring.size, ring.indirect
     unaligned = device.block_size - 1
     used_ring, used, mask = ring.device, ring.next_used, ring.size - 1
@@ -247,11 +247,12 @@ def _straight(queue: Queue, ring: SplitRing, *, inline_writes: bool) -> int:
                 and not (count & 511 or offset & unaligned)
                 and not memory.lost  # the sector may be zeroes that took its place
             ):
-                if marked is not None:
+                if marking is not None:
                     stretch = offset >> mark_bits
-                    if not marked[stretch] or offset + count > stretch + 1 << mark_bits:
-                        assert marking is not None
+                    if marked is None or offset + count > stretch + 1 << mark_bits:
                         marking.mark(offset, count)
+                    else:
+                        marked[stretch >> 3] |= 1 << (stretch & 7)
                 if write_end:
                     start = data - data_base
                     storage.dirty += 1  # at once: a flush may follow in this very turn

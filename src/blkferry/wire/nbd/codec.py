@@ -99,6 +99,24 @@ def request(head: int, cookie: bytes, offset: int, length: int) -> Request:
     return Request(head >> 16 & 0xFFFF, head & 0xFFFF, int.from_bytes(cookie, "big"), offset, length)
 
 
+def head(mode: Mode, request: Request) -> int:
+    """What a request begins with."""
+    return FAST[mode].read_head | request.flags << 16 | request.type
+
+
+def data_reply(mode: Mode, cookie: bytes, offset: int, length: int) -> bytearray:
+    """The whole reply to a read, its `length` bytes at the end still to be filled in."""
+    header = FAST[mode].data_header
+    reply = bytearray(header + length)
+    if mode is Mode.SIMPLE:
+        _SIMPLE_DATA.pack_into(reply, 0, _SIMPLE_PREFIX, cookie)
+    elif mode is Mode.STRUCTURED:
+        _STRUCTURED_DATA.pack_into(reply, 0, FAST[mode].data_prefix, cookie, length + 8, offset)
+    else:
+        _EXTENDED_DATA.pack_into(reply, 0, FAST[mode].data_prefix, cookie, offset, length + 8, offset)
+    return reply
+
+
 def write_reply(mode: Mode, cookie: bytes, offset: int) -> bytes:
     """The whole reply to a write that succeeded."""
     if mode == Mode.EXTENDED:
