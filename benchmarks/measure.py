@@ -126,7 +126,7 @@ def credentials(scratch: Path) -> Path:
 def guest(row: Row, socket: Path, requests: int) -> float:
     """Seconds that QEMU's own virtio-blk driver (libblkio) takes for so many requests."""
     command = [*peer("qemu-img"), "bench", "-c", str(requests), "-d", str(row.depth), "-s", str(row.block_size)]
-    command += ["-w"] if row.is_write else []
+    command += ["-w", "--pattern=165"] if row.is_write else []  # zeroes would make later copies sparse
     command += ["--image-opts", f"driver=virtio-blk-vhost-user,path={socket},cache.direct=on"]
     try:
         ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=FIO_GRACE * 2)
