@@ -1,8 +1,10 @@
 """A vhost-user-blk export and a front end that knows the protocol, and what becomes of those that do not."""
 
+import gc
 import os
 import socket
 import struct
+from pathlib import Path
 
 import pytest
 from vhost_user_host import SIZE, eventually
@@ -239,6 +241,26 @@ def test_the_front_end_stays_while_the_node_moves(host):
         assert front.ask(Request.GET_QUEUE_NUM, wire.U64).value == 1
     with FrontEnd(host.path("other")) as front:
         assert front.run().run(Type.IN, 0, length=4096) == (0, DATA)
+
+
+def test_nothing_of_the_guest_is_kept(host):
+    """Not even until the garbage collector comes: its memory may be most of the machine's."""
+
+    def mappings() -> int:
+        return sum("memfd:driver" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+    gc.collect()
+    gc.disable()
+    try:
+        memory = DriverMemory(1 << 20)
+        before = mappings()
+        with FrontEnd(host.export(), memory=memory) as front:
+            assert front.run().run(Type.IN, 0, length=512) == (0, bytes(512))
+            assert mappings() == before + 1
+        eventually(lambda: mappings() == before)
+        memory.close()
+    finally:
+        gc.enable()
 
 
 # --- Resizing --------------------------------------------------------------------------------------------------

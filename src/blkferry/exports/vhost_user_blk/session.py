@@ -344,6 +344,7 @@ class Session:
         if not 0 < wanted.num_queues <= len(self.vrings) or not 0 < wanted.queue_size <= MAX_SIZE:
             raise ProtocolError(f"{wanted.num_queues} vrings of {wanted.queue_size} are to be remembered")
         made = InflightBuffer.make(wanted.num_queues, wanted.queue_size)
+        self.device.lost_writes = False  # a guest that begins anew has nothing to lose
         self._set_inflight(made)
         return Reply(made.described, (made.fd,))
 

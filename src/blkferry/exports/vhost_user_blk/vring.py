@@ -110,6 +110,8 @@ class Vring:
             self.base = state.next_avail
         self._finished_requests += queue.requests
         self.queue = None
+        if queue.services.last_served is queue:  # which would keep the guest's memory mapped until somebody else comes
+            queue.services.last_served = None
 
     def notify(self) -> None:
         """Tell the driver that there are used buffers."""
