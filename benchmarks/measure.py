@@ -14,12 +14,15 @@ import re
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
 import certificates
 from images import SIZE, Image, content, settle
+from mounted import showing
 from probe import EXPORT, Probe
 from servers import BLKFERRY_RAW, STOP_SECONDS, Access, BenchError, Server, peer, running, serving, wait_ready
 from workloads import Row
@@ -68,16 +71,17 @@ def thread_totals(pid: int) -> tuple[int, int]:
     return nanoseconds, switches
 
 
-def fio(row: Row, socket: Path, seconds: float) -> dict[str, object]:
+def fio(row: Row, target: Path, seconds: float) -> dict[str, object]:
     """Run the client to its end; the answer is fio's own account of the (one, grouped) job.
 
-    libnbd takes no credentials from fio. It looks for them in the home directory of whoever is not root.
+    `target` is a socket, or a file where the row's engine wants one. libnbd takes no credentials from fio. It looks for
+    them in the home directory of whoever is not root.
     """
     command = [
         *(_as_nobody("fio") if row.tls and not os.geteuid() else peer("fio")),
         f"--name={row.name}",
-        "--ioengine=nbd",
-        f"--uri=nbd{'s' if row.tls else ''}+unix:///{EXPORT}?socket={quote(str(socket))}",
+        f"--ioengine={row.engine}",
+        *_where(row, target),
         f"--rw={row.pattern}",
         f"--bs={row.block_size}",
         f"--iodepth={row.depth}",
@@ -89,7 +93,7 @@ def fio(row: Row, socket: Path, seconds: float) -> dict[str, object]:
         "--output-format=json",
     ]
     command += [f"--io_size={row.most_bytes}"] if row.most_bytes else ["--time_based", "--norandommap"]
-    environment = os.environ | {"HOME": str(socket.parent)}
+    environment = os.environ | {"HOME": str(target.parent)}
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, env=environment
     )
@@ -107,6 +111,12 @@ def fio(row: Row, socket: Path, seconds: float) -> dict[str, object]:
         raise BenchError(f"fio ended with {process.returncode}: {heard[-1500:]}")
     job: dict[str, object] = json.loads(text[text.index("{") :])["jobs"][0]
     return job
+
+
+def _where(row: Row, target: Path) -> list[str]:
+    if row.engine == "nbd":
+        return [f"--uri=nbd{'s' if row.tls else ''}+unix:///{EXPORT}?socket={quote(str(target))}"]
+    return [f"--filename={target}", f"--direct={0 if row.buffered else 1}", "--invalidate=0"]
 
 
 def _as_nobody(program: str) -> list[str]:
@@ -165,12 +175,12 @@ def run_workload(row: Row, server: Server, image: Path, scratch: Path, seconds: 
     )
     if row.vhost_user:
         return run_guest(row, server, access, seconds)
-    with serving(server, access) as pid:
+    with _started(row, server, access) as (pid, target):
         settle(access.content if server is BLKFERRY_RAW and access.content else image, row.cache)
         if row.tls:
             access.socket.chmod(0o777)
         before = cpu_ticks(pid)
-        job = fio(row, access.socket, seconds)
+        job = fio(row, target, seconds)
         ticks = cpu_ticks(pid) - before
     account = job["write" if row.is_write else "read"]
     assert isinstance(account, dict)
@@ -184,6 +194,16 @@ def run_workload(row: Row, server: Server, image: Path, scratch: Path, seconds: 
         p99_us=percentiles["99.000000"] / 1000,
         cpu_us=ticks * TICK_SECONDS * 1e6 / requests,
     )
+
+
+@contextmanager
+def _started(row: Row, server: Server, access: Access) -> Iterator[tuple[int, Path]]:
+    if row.engine != "nbd":
+        with showing(server, access) as (pid, path):
+            yield pid, path
+        return
+    with serving(server, access) as pid:
+        yield pid, access.socket
 
 
 def measure_idle(server: Server, image: Path, scratch: Path, seconds: float) -> Idle:

@@ -45,6 +45,11 @@ class Access:
     certificates: Path | None = None  # TLS is required, with these
     guest_socket: Path | None = None  # where the same disk is a vhost-user-blk export, too
 
+    @property
+    def mountpoint(self) -> Path:
+        """Where servers that show a file show it."""
+        return self.socket.with_name("disk")
+
 
 @dataclass(frozen=True, slots=True)
 class Server:
@@ -56,6 +61,7 @@ class Server:
     note: str = ""
     is_judge: bool = True  # whether targets count against it: false where it does not do the same job
     bitmaps: int = 0  # how many dirty bitmaps are added to its disk before it is measured
+    mounts: bool = True  # whether the file that it shows is another one than the image
 
 
 @functools.cache
@@ -146,6 +152,34 @@ def blkferry_serve(access: Access) -> list[str]:
     return [ours("blkferry"), "serve", "--socket", str(access.socket), "--name", EXPORT, str(access.image)]
 
 
+def fuse_options(access: Access, *, passthrough: bool = False) -> list[str]:
+    """The image as a file, the same for both but for what only one of them has."""
+    on = "on" if access.writable else "off"
+    blockdev = f"driver=file,node-name=disk,filename={access.image},read-only={'off' if access.writable else 'on'}"
+    export = f"type=fuse,id=export,node-name=disk,mountpoint={access.mountpoint},writable={on}"
+    if passthrough:
+        export += f",passthrough=on,growable={on}"
+    return ["--blockdev", blockdev, "--export", export]
+
+
+def qsd_fuse(access: Access) -> list[str]:
+    return [*peer("qemu-storage-daemon"), *fuse_options(access)]
+
+
+def blkferry_fuse(access: Access) -> list[str]:
+    return [ours("blkferry-qsd"), *fuse_options(access)]
+
+
+def blkferry_passthrough(access: Access) -> list[str]:
+    return [ours("blkferry-qsd"), *fuse_options(access, passthrough=True)]
+
+
+def nobody(access: Access) -> list[str]:
+    """A process that does nothing: the image is used as it is."""
+    del access
+    return ["sleep", "1000"]
+
+
 def nbdkit(access: Access) -> list[str]:
     # -f only keeps it in the foreground; the number of threads (16) and the cache mode are its defaults.
     command = [*peer("nbdkit"), "-f", "-U", str(access.socket)]
@@ -170,6 +204,10 @@ QSD = Server("QSD", "QSD", qsd)
 QSD_IO_URING = replace(QSD, label="QSD aio=io_uring", command=functools.partial(qsd, aio="io_uring"))
 QSD_NATIVE = replace(QSD, label="QSD aio=native", command=functools.partial(qsd, aio="native"))
 QSD_BITMAPS = Server("QSD, 4 bitmaps", "QSD", functools.partial(monitored, command=qsd), is_judge=False, bitmaps=4)
+BLKFERRY_FUSE = replace(BLKFERRY, command=blkferry_fuse)
+BLKFERRY_PASSTHROUGH = Server("blkferry, passthrough", "blkferry", blkferry_passthrough)
+QSD_FUSE = replace(QSD, command=qsd_fuse)
+BARE = Server("the bare file", "bare", nobody, mounts=False)
 NBDKIT = Server("nbdkit", "nbdkit", nbdkit)
 NBDKIT_NOCACHE = replace(
     NBDKIT,

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from images import Cache, Image
 from servers import (
+    BARE,
     BLKFERRY,
     BLKFERRY_BITMAPS,
+    BLKFERRY_FUSE,
+    BLKFERRY_PASSTHROUGH,
     BLKFERRY_RAW,
     BLKFERRY_THREADS,
     NBDKIT,
     NBDKIT_NOCACHE,
     QSD,
     QSD_BITMAPS,
+    QSD_FUSE,
     QSD_IO_URING,
     QSD_NATIVE,
     Server,
@@ -22,6 +27,8 @@ from servers import (
 EVERYONE = (BLKFERRY, QSD, NBDKIT)
 QCOW2_READERS = (BLKFERRY, BLKFERRY_RAW, QSD)
 WITH_BITMAPS = (BLKFERRY_BITMAPS, BLKFERRY, QSD_BITMAPS)
+FUSE = (BLKFERRY_FUSE, QSD_FUSE)
+PASSTHROUGH = (BLKFERRY_PASSTHROUGH, BARE)
 DIRECT = (QSD, QSD_IO_URING, QSD_NATIVE, NBDKIT_NOCACHE)
 
 
@@ -38,6 +45,9 @@ DEEP = Target(cpu=0.5, iops=1.5)
 SHALLOW = Target(iops=0.9)
 LARGE_READ = Target(cpu=0.4)
 ENCRYPTED_READ = Target(iops=1.0)
+EQUAL = Target(iops=1.0)
+TWICE = Target(iops=2.0)
+NEAR = Target(iops=0.8)
 ALLOCATING = Target(iops=1.0)
 GUEST_SHALLOW = Target(iops=1.5)
 GUEST = Target(iops=1.0)
@@ -60,6 +70,8 @@ class Row:
     iothread: bool = False
     tls: bool = False
     vhost_user: bool = False  # the client is qemu-img bench, which goes through the image in order
+    engine: str = "nbd"  # fio's; with any other it works on a file that the server shows
+    buffered: bool = False  # fio uses the page cache of that file
     servers: tuple[Server, ...] = EVERYONE
     target: Target = NO_TARGET
     most_bytes: int | None = None  # a run over a cold cache ends before it has warmed much of it
@@ -68,6 +80,13 @@ class Row:
     @property
     def is_write(self) -> bool:
         return self.pattern in {"write", "randwrite"}
+
+
+def fuse_row(name: str, title: str, pattern: str, block_size: int, depth: int, **more: Any) -> Row:
+    """Files of two servers that fio opens with O_DIRECT, so that every request reaches the server."""
+    engine = "psync" if depth == 1 else "io_uring"
+    note = "QSD 10.0 corrupts what several write at a time." if "write" in pattern else ""
+    return Row(name, f"FUSE, {title}", pattern, block_size, depth, engine=engine, servers=FUSE, note=note, **more)
 
 
 K4 = 4 << 10
@@ -258,5 +277,37 @@ ROWS = (
             ("read-256k-qd8", "256 KiB read, QD 8", "read", K256, 8, GUEST),
             ("write-4k-qd32", "4 KiB write, QD 32", "write", K4, 32, GUEST),
         )
+    ),
+    fuse_row("fuse-read-4k", "4 KiB random read, psync", "randread", K4, 1, target=EQUAL),
+    fuse_row("fuse-read-4k-4", "4 KiB random read, psync, 4 jobs", "randread", K4, 1, connections=4, target=EQUAL),
+    fuse_row("fuse-read-4k-qd32", "4 KiB random read, io_uring, QD 32", "randread", K4, 32, target=TWICE),
+    fuse_row("fuse-write-4k", "4 KiB random write, psync", "randwrite", K4, 1, target=EQUAL),
+    fuse_row("fuse-write-4k-4", "4 KiB random write, psync, 4 jobs", "randwrite", K4, 1, connections=4, target=EQUAL),
+    fuse_row("fuse-write-4k-qd32", "4 KiB random write, io_uring, QD 32", "randwrite", K4, 32, target=TWICE),
+    fuse_row("fuse-read-256k", "256 KiB sequential read, psync", "read", K256, 1, target=TWICE),
+    fuse_row("fuse-read-256k-qd8", "256 KiB sequential read, io_uring, QD 8", "read", K256, 8, target=TWICE),
+    fuse_row("fuse-write-256k", "256 KiB sequential write, psync", "write", K256, 1, target=TWICE),
+    Row(
+        "fuse-passthrough-read-4k",
+        "FUSE passthrough, 4 KiB random read, psync, page cache",
+        "randread",
+        K4,
+        1,
+        engine="psync",
+        buffered=True,
+        servers=PASSTHROUGH,
+        target=NEAR,
+        note="The bare file is the yardstick.",
+    ),
+    Row(
+        "fuse-passthrough-read-256k",
+        "FUSE passthrough, 256 KiB sequential read, psync, page cache",
+        "read",
+        K256,
+        1,
+        engine="psync",
+        buffered=True,
+        servers=PASSTHROUGH,
+        target=NEAR,
     ),
 )

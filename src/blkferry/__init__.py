@@ -9,7 +9,8 @@ async with blkferry.Daemon() as daemon:
 
 from blkferry.daemon.daemon import Daemon, GuestOffer, NbdOffer
 from blkferry.daemon.disk import Disk
+from blkferry.daemon.mounts import FuseMount
 from blkferry.errors import Error, ErrorKind
 from blkferry.extent import Status
 
-__all__ = ["Daemon", "Disk", "Error", "ErrorKind", "GuestOffer", "NbdOffer", "Status"]
+__all__ = ["Daemon", "Disk", "Error", "ErrorKind", "FuseMount", "GuestOffer", "NbdOffer", "Status"]

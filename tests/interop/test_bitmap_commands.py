@@ -290,3 +290,15 @@ def test_the_image_command_does_what_qemu_img_does(tmp_path):
             digests[who] = flags, {name: (digest(daemon, name), bitmaps(daemon)[name]["count"]) for name in flags}
     assert digests["ours"] == digests["theirs"]
     assert digests["ours"][1]["one"][1] == 65536
+
+
+def test_a_bitmap_that_could_not_be_stored_is_an_error(tmp_path):
+    """Not only a line in the log: whoever backs up by it would never know."""
+    path = tmp_path / "image.qcow2"
+    subprocess.run([*BLKFERRY, "create", "-f", "qcow2", path, "64G"], check=True, timeout=60, stdout=subprocess.DEVNULL)
+    size = path.stat().st_size
+    full = ["prlimit", f"--fsize={size}", *BLKFERRY, "bitmap", "--add", path, "b"]
+    done = subprocess.run(full, check=False, timeout=60, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"Could not write all of '{path}': File too large" in done.stderr
+    assert "No errors were found" in peers.run("qemu-img", "check", path).stdout

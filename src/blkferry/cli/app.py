@@ -9,6 +9,7 @@ import click
 from blkferry.cli.console import complain, log_to_stderr
 from blkferry.cli.groups import Commands
 from blkferry.cli.image import image
+from blkferry.cli.mounting import mount, umount
 from blkferry.errors import Error
 
 PROGRAM = "blkferry"
@@ -38,17 +39,20 @@ def _print_version(ctx: click.Context, _parameter: click.Parameter, wanted: bool
     "-V", "--version", is_flag=True, expose_value=False, is_eager=True, callback=_print_version, help="Say the version."
 )
 def app() -> None:
-    """Offer disk images over the network or a socket.
+    """Offer disk images over the network or a socket, or as files.
 
     \b
     blkferry serve disk.img              read-only, to NBD clients on this machine
     blkferry serve -w disk.img           the same, and they may write
     blkferry serve memory:1G             an empty disk that is gone when you are done
+    blkferry mount disk.qcow2            as the file disk.raw, for any program
     blkferry image info disk.qcow2       and whatever else there is to do with images
     """  # noqa: D301 - click's mark for lines to be left as they are
 
 
 app.add_command(image)
+app.add_command(mount)
+app.add_command(umount)
 
 
 @app.command(

@@ -99,9 +99,15 @@ def announce(offers: Sequence[Offered]) -> None:
     lines = [line for offer in offers for line in _describe(offer)]
     if sys.stdout.isatty():
         lines.append([("Ctrl-C ends it.", "dim")])
+    write_lines(lines)
+
+
+def write_lines(lines: Sequence[Line]) -> None:
+    """Say lines, in colours on a terminal."""
+    if sys.stdout.isatty():
         _write_colours(lines)
     else:
-        _write("".join("".join(text for text, _ in line) + "\n" for line in lines))
+        write("".join("".join(text for text, _ in line) + "\n" for line in lines))
 
 
 def _describe(offer: Offered) -> Iterator[Line]:
@@ -126,16 +132,17 @@ def _write_colours(lines: Sequence[Line]) -> None:
 
 def write_uris(offers: Sequence[Offered]) -> None:
     """Say it to a shell."""
-    _write("".join(f"{place}\n" for offer in offers for place in offer.places))
+    write("".join(f"{place}\n" for offer in offers for place in offer.places))
 
 
 def write_json(offers: Sequence[Offered], qmp: str | None) -> None:
     """Say it to a program."""
     exports = [offer.as_json() for offer in offers]
-    _write(json.dumps({"pid": os.getpid(), "qmp": qmp and os.path.abspath(qmp), "exports": exports}) + "\n")
+    write(json.dumps({"pid": os.getpid(), "qmp": qmp and os.path.abspath(qmp), "exports": exports}) + "\n")
 
 
-def _write(text: str) -> None:
+def write(text: str) -> None:
+    """Say it, if anybody still listens."""
     with contextlib.suppress(OSError):
         sys.stdout.write(text)
         sys.stdout.flush()

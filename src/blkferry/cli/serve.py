@@ -6,6 +6,7 @@ Standard output carries what was asked for (where the exports are), standard err
 from __future__ import annotations
 
 import enum
+import functools
 import os
 import shlex
 import socket
@@ -22,6 +23,7 @@ from blkferry.daemon.daemon import Daemon
 from blkferry.daemon.imaging.names import ImageName, about, add_credentials
 from blkferry.daemon.run import run
 from blkferry.errors import Error, ErrorKind
+from blkferry.graph.node import Node
 from blkferry.graph.remote import location_of
 from blkferry.schema.char import ChardevAdd, ChardevSocket
 from blkferry.schema.control import MonitorOptions
@@ -127,7 +129,7 @@ def serve_images(request: Request, speech: Speech) -> None:
 
 def default_names(given: tuple[str, ...]) -> tuple[str, ...]:
     """The name of each image's export. Raises Error(EXISTS) when two have the same."""
-    names = tuple(map(_default_name, given))
+    names = tuple(map(default_name, given))
     name, count = Counter(names).most_common(1)[0]
     if count > 1:
         raise Error(
@@ -138,7 +140,8 @@ def default_names(given: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-def _default_name(image: str) -> str:
+def default_name(image: str) -> str:
+    """What an image is called, wherever it is."""
     if image.startswith(images.MEMORY):
         return "memory"
     if is_uri(image):
@@ -147,11 +150,7 @@ def _default_name(image: str) -> str:
 
 
 async def _offer(daemon: Daemon, request: Request, names: tuple[str, ...]) -> list[Offered]:
-    for text in request.objects:
-        options = parse_option(ObjectOptions, text, implied="qom-type")
-        if isinstance(options, Help):
-            raise Error(ErrorKind.INVALID_ARGUMENT, "--object needs an object", hint=options.text)
-        await daemon.add_object(options)
+    await add_objects(daemon, request.objects)
     await _add_security(daemon, request)
     nodes = [await _open(daemon, request, number, image) for number, image in enumerate(request.images)]
     bound = [] if request.vhost_user else await _listen(daemon, request)
@@ -168,10 +167,24 @@ async def _offer(daemon: Daemon, request: Request, names: tuple[str, ...]) -> li
             await _export(daemon, image, _nbd_options(request, node, name, writable=writable))
             offers.append(Offer(name, image, size, writable, addresses, tls=request.tls is not None))
     if request.qmp is not None:
-        backend = ChardevSocket(addr=SocketAddressUnix(path=request.qmp))
-        await chardev_add(daemon, ChardevAdd(id=QMP, backend=backend))
-        await daemon.add_monitor(MonitorOptions(chardev=QMP))
+        await add_qmp(daemon, request.qmp)
     return offers
+
+
+async def add_objects(daemon: Daemon, objects: Sequence[str]) -> None:
+    """Make the objects of --object. Raises Error."""
+    for text in objects:
+        options = parse_option(ObjectOptions, text, implied="qom-type")
+        if isinstance(options, Help):
+            raise Error(ErrorKind.INVALID_ARGUMENT, "--object needs an object", hint=options.text)
+        await daemon.add_object(options)
+
+
+async def add_qmp(daemon: Daemon, path: str) -> None:
+    """Take QMP commands on a unix socket. Raises Error."""
+    backend = ChardevSocket(addr=SocketAddressUnix(path=path))
+    await chardev_add(daemon, ChardevAdd(id=QMP, backend=backend))
+    await daemon.add_monitor(MonitorOptions(chardev=QMP))
 
 
 async def _add_security(daemon: Daemon, request: Request) -> None:
@@ -194,28 +207,46 @@ async def _add_security(daemon: Daemon, request: Request) -> None:
         await daemon.add_object(visit(ObjectOptions, {"qom-type": "authz-list", "id": ALLOWED, "rules": rules}))
 
 
-async def _open(daemon: Daemon, request: Request, number: int, image: str) -> str:
-    """Open an image as a node and return its name."""
-    in_memory = image.startswith(images.MEMORY)
+async def open_image(
+    daemon: Daemon, image: str, name: str, *, writable: bool, image_format: str | None, direct: bool, discard: bool
+) -> Node:
+    """Open an image as a node. Raises Error."""
     await add_credentials(daemon, image)
-    options = images.options_for(
-        image,
-        f"disk{number}",
-        writable=request.writable or in_memory,
-        image_format=request.image_format,
-        direct=request.direct,
-        discard=request.discard,
-        secrets_of=daemon,
+    options = await daemon.services.in_thread(
+        functools.partial(
+            images.options_for,
+            image,
+            name,
+            writable=writable or image.startswith(images.MEMORY),
+            image_format=image_format,
+            direct=direct,
+            discard=discard,
+            secrets_of=daemon,
+        )
     )
     try:
-        node = await daemon.graph.add(options)
+        return await daemon.graph.add(options)
     except Error as error:
         error = about(ImageName(name=image, force_share=True), error)
-        if error.kind is not ErrorKind.DENIED or not request.writable:
+        if error.kind is not ErrorKind.DENIED or not writable:
             raise error from None
         hint = "Leave out --writable if it is only to be read, or get the right to write to it."
         raise Error(error.kind, error.message, hint=hint) from error
+
+
+async def _open(daemon: Daemon, request: Request, number: int, image: str) -> str:
+    """Open an image that there is something in, and return its node's name."""
+    node = await open_image(
+        daemon,
+        image,
+        f"disk{number}",
+        writable=request.writable,
+        image_format=request.image_format,
+        direct=request.direct,
+        discard=request.discard,
+    )
     if not node.length:
+        in_memory = image.startswith(images.MEMORY)
         hint = "Like memory:1G." if in_memory else f"Give it a size first: truncate -s 1G {shlex.quote(image)}"
         raise Error(ErrorKind.INVALID_ARGUMENT, f"'{image}' is empty: there is nothing to serve", hint=hint)
     return node.name

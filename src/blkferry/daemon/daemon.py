@@ -6,6 +6,7 @@ It is the Python API too: `async with Daemon() as daemon`. All methods are to be
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import logging
 import os
@@ -22,6 +23,8 @@ from blkferry.daemon.disk import Disk
 from blkferry.daemon.exports import Exports
 from blkferry.daemon.imaging.names import add_credentials
 from blkferry.daemon.monitor import Monitor
+from blkferry.daemon.mountpoints import Mountpoints
+from blkferry.daemon.mounts import FuseMount, mount
 from blkferry.daemon.nbd_servers import NbdServers
 from blkferry.errors import Error, ErrorKind
 from blkferry.exports.nbd import NbdServer
@@ -38,8 +41,10 @@ from blkferry.schema.control import MonitorMode, MonitorOptions
 from blkferry.schema.create import BlockdevCreateOptions, unable
 from blkferry.schema.export import (
     BlockExportOptions,
+    BlockExportOptionsFuse,
     BlockExportOptionsNbd,
     BlockExportRemoveMode,
+    FuseExportAllowOther,
     NbdServerOptionsBase,
 )
 from blkferry.schema.qapi import Struct, variants
@@ -76,6 +81,7 @@ class Daemon:
         self.monitors: list[Monitor] = []
         self.nbd_servers = NbdServers(self)
         self.exports = Exports(self)
+        self.mountpoints = Mountpoints()
         self.jobs = Jobs(self.emit)
         self._private_directory: tempfile.TemporaryDirectory[str] | None = None
         self.finished = asyncio.Event()
@@ -126,8 +132,14 @@ class Daemon:
         for thing in self.objects.values():
             await thing.stop()
         self.services.close()
+        await self.mountpoints.release_all()
         if self._private_directory is not None:
             self._private_directory.cleanup()
+
+    @property
+    def ending(self) -> bool:
+        """Whether `stop` has been called."""
+        return self._stopping is not None
 
     # Commands and events ---------------------------------------------------------------------------------------
 
@@ -197,8 +209,9 @@ class Daemon:
         """
         name = node_name or self._free_name("disk", self.graph.nodes)
         await add_credentials(self, os.fspath(image))
-        node = await self.graph.add(
-            images.options_for(
+        options = await self.services.in_thread(
+            functools.partial(
+                images.options_for,
                 os.fspath(image),
                 name,
                 writable=writable,
@@ -207,6 +220,7 @@ class Daemon:
                 secrets_of=self,
             )
         )
+        node = await self.graph.add(options)
         try:
             return await Disk.attach(self.graph, node, writable=writable, owns_node=True)
         except BaseException:
@@ -283,6 +297,32 @@ class Daemon:
             self._private_directory = tempfile.TemporaryDirectory(prefix="blkferry-")
         return self._private_directory.name
 
+    async def mount(
+        self,
+        disk: Disk,
+        file: str | os.PathLike[str],
+        *,
+        growable: bool = False,
+        allow_other: str = "auto",
+        over: bool = False,
+        export_id: str | None = None,
+    ) -> FuseMount:
+        """Show a disk as a file to every program on this machine, writable if it is.
+
+        `file` is made if it is not there, and then goes with the mount; else it must be empty unless `over` says that
+        what it holds may be hidden for the time. With `growable` writes behind the end make the disk larger;
+        `allow_other` ("on", "off", "auto") says whether other users are let in. Raises Error.
+        """
+        options = BlockExportOptionsFuse(
+            id=export_id or self._free_name("mount", self.exports.ids),
+            node_name=disk.name,
+            mountpoint=os.fspath(file),
+            writable=disk.writable,
+            growable=growable,
+            allow_other=FuseExportAllowOther(allow_other),
+        )
+        return await mount(self, options, over=over)
+
     def nbd_uris(self, name: str, server: str | None = None) -> list[str]:
         """Where clients find the export called `name`: one URI for each address the NBD server listens on."""
         return self.nbd_servers.uris(name, server)
@@ -296,6 +336,9 @@ class Daemon:
     def service(self, kind: str, name: str | None = None) -> Any:
         assert kind == "nbd-server"
         return self.nbd_servers.get(name)
+
+    def export_ended(self, export_id: str) -> None:
+        self.services.loop.call_soon_threadsafe(self.exports.ended, export_id)
 
     @property
     def nbd_server(self) -> NbdServer | None:

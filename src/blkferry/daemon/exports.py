@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Container, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from blkferry.errors import Error, ErrorKind
@@ -34,10 +34,11 @@ STOP_SECONDS = 1.0
 
 @dataclass(eq=False)
 class Entry:
-    """One export that has an id. `removal` is the task that removes it, once there is one."""
+    """One export that has an id. `removal` is the task that removes it, once there is one; then it is `gone`."""
 
     export: Export
     removal: asyncio.Task[None] | None = None
+    gone: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Exports:
@@ -46,6 +47,7 @@ class Exports:
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
         self._entries: dict[str, Entry | None] = {}  # None while the export is being made
+        self._ended_early: set[str] = set()  # those that ended while they were being made
 
     async def add(self, options: BlockExportOptions) -> Export:
         """Create an export, with the contract's checks in their order. Leaves nothing behind on failure."""
@@ -55,8 +57,12 @@ class Exports:
                 export = await self._create(options)
         except BaseException:
             del self._entries[options.id]
+            self._ended_early.discard(options.id)
             raise
         self._entries[options.id] = Entry(export)
+        if options.id in self._ended_early:
+            self._ended_early.discard(options.id)
+            self.ended(options.id)
         return export
 
     def _claim(self, export_id: str) -> None:
@@ -158,20 +164,27 @@ class Exports:
         assert entry is not None
         if entry.removal is not None:
             raise Error(ErrorKind.BUSY, f"Export '{export_id}' is already shutting down", id=export_id)
-        if mode is BlockExportRemoveMode.SAFE and (refusal := export.in_use) is not None:
-            raise refusal
+        if mode is BlockExportRemoveMode.SAFE:
+            await export.leave()
         removal = self._begin_removal(export_id, entry)
         if wait or mode is BlockExportRemoveMode.SAFE:
             await asyncio.shield(removal)
 
+    def ended(self, export_id: str) -> None:
+        """Remove an export that nobody can use any more, unless that is going on already."""
+        if (entry := self._entries.get(export_id)) is not None:
+            self._begin_removal(export_id, entry)
+        elif export_id in self._entries:
+            self._ended_early.add(export_id)
+
     def _begin_removal(self, export_id: str, entry: Entry) -> asyncio.Task[None]:
         if entry.removal is None:
             entry.export.withdraw()
-            entry.removal = asyncio.create_task(self._remove(export_id, entry.export), name=f"remove {export_id}")
+            entry.removal = asyncio.create_task(self._remove(export_id, entry), name=f"remove {export_id}")
         return entry.removal
 
-    async def _remove(self, export_id: str, export: Export) -> None:
-        root = export.root
+    async def _remove(self, export_id: str, entry: Entry) -> None:
+        export, root = entry.export, entry.export.root
         try:
             await _stop(export)
             async with self._daemon.graph.changing:
@@ -180,7 +193,18 @@ class Exports:
         except Exception:
             log.exception("export '%s': removal failed", export_id)
         del self._entries[export_id]
+        entry.gone.set()
         self._daemon.emit("BLOCK_EXPORT_DELETED", {"id": export_id})
+
+    def leaving(self, export_id: str) -> bool:
+        """Whether this export is being removed, or gone."""
+        entry = self._entries.get(export_id)
+        return entry is None or entry.removal is not None
+
+    async def wait_gone(self, export_id: str) -> None:
+        """Return when there is no export of this id, or this one has gone."""
+        if (entry := self._entries.get(export_id)) is not None:
+            await entry.gone.wait()
 
     async def drain_all(self, patience: float, hurry: asyncio.Event) -> None:
         """Take no new clients, and give those there are `patience` seconds to be answered, or until `hurry` is set."""
@@ -211,6 +235,7 @@ class Exports:
                 node_name=entry.export.root.node.name,
                 shutting_down=entry.removal is not None,
                 clients=list(entry.export.connected()),
+                **entry.export.details(),
             )
             for export_id, entry in reversed(self._entries.items())
             if entry is not None

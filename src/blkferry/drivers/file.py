@@ -10,6 +10,7 @@ import enum
 import errno
 import os
 import stat
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
 import msgspec
@@ -100,7 +101,7 @@ class File(DescriptorNode):
             )
         self._direct = os.O_DIRECT if opening.cache.direct else 0
         self._auto_read_only = opening.auto_read_only
-        fd = await self.services.in_thread(self._open_file)
+        fd = await self.services.in_thread(self._open_file, opening.graph.shown)
         try:
             self._check_kind(os.fstat(fd))
             self.storage = Storage(
@@ -120,8 +121,11 @@ class File(DescriptorNode):
         self.adopt(self.storage)
         self._path = os.path.abspath(options.filename)
 
-    def _open_file(self) -> int:
-        """Open read-write when that is wanted at once, read-only when it may wait for the first writer."""
+    def _open_file(self, shown: Mapping[int, str]) -> int:
+        """Open read-write when that is wanted at once, read-only when it may wait for the first writer.
+
+        `shown` are the nodes that are files, by FUSE: see `Graph`.
+        """
         path = self.options.filename
         self._writable_descriptor = not self.read_only and not self._auto_read_only
         flags = os.O_CLOEXEC | self._direct | os.O_NONBLOCK  # non-blocking: a FIFO given by mistake must not hang us
@@ -129,6 +133,7 @@ class File(DescriptorNode):
             try:
                 fd = os.open(path, flags | (os.O_RDWR if self._writable_descriptor else os.O_RDONLY))
                 os.set_blocking(fd, True)
+                _refuse_own(fd, path, shown)
                 return fd
             except OSError as error:
                 if error.errno != errno.EINVAL or not self._direct:
@@ -229,6 +234,21 @@ class File(DescriptorNode):
         if self._lock is not None:
             self._lock.close()
         await super().close()
+
+
+def _refuse_own(fd: int, path: str, shown: Mapping[int, str]) -> None:
+    """Close a file that shows a node of ours, and raise Error. Our loop would have to wait for itself, with it.
+
+    That goes for the close as well, so it has to happen here, in a thread.
+    """
+    if (name := shown.get(os.fstat(fd).st_dev)) is not None:
+        os.close(fd)
+        raise Error(
+            ErrorKind.INVALID_ARGUMENT,
+            f"'{path}' shows a node of this daemon",
+            hint=f"Use the node itself: '{name}'.",
+            path=path,
+        )
 
 
 def _native_needs_direct() -> Error:

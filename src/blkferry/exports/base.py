@@ -24,6 +24,9 @@ class Host(Protocol):
     def service(self, kind: str, name: str | None = None) -> Any:
         """A shared service ("nbd-server"), the one without a name by default. Raises Error when it does not run."""
 
+    def export_ended(self, export_id: str) -> None:
+        """The outside has ended this export, by an unmount say: remove it. May be called on any loop."""
+
 
 class Export:
     """An offer of one node. Subclasses are found by their entry point (group `blkferry.exports`)."""
@@ -66,9 +69,18 @@ class Export:
         """Why a safe removal must wait, None when nobody uses the export."""
         raise NotImplementedError
 
+    async def leave(self) -> None:
+        """Be used by nobody, before a safe removal, or raise Error(BUSY) and go on. Called on the main loop."""
+        if (refusal := self.in_use) is not None:
+            raise refusal
+
     def connected(self) -> Sequence[BlockExportClient]:
         """Who uses the export now. Called on the main loop."""
         return ()
+
+    def details(self) -> dict[str, Any]:
+        """What else query-block-exports says of it: members of BlockExportInfo. Called on the main loop."""
+        return {}
 
     @property
     def pinned(self) -> bool:

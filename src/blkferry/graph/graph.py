@@ -160,6 +160,7 @@ class Graph:
         self._numbers = itertools.count(1)
         self.secret: Callable[[str], bytes] = _no_secret  # what the secret of this id keeps; the daemon sets it
         self.client_tls: ClientTls = _no_credentials  # likewise
+        self.shown: dict[int, str] = {}  # nodes that are files by FUSE now, by the st_dev of those
         self.changing = TaskLock()  # held while nodes, edges or permissions change; never while waiting for clients
 
     def find(self, name: str, device: str = "") -> Node:

@@ -306,6 +306,10 @@ class Node:
         """Make the node usable; raise Error when it cannot be. `close` follows in either case."""
         raise NotImplementedError
 
+    async def settle(self) -> None:
+        """Write what `close` would, which can only log a failure. Nothing may be in flight. Raises OSError or Error."""
+        await self.flush()
+
     def describe(self) -> str:
         return f"node '{self.name}'"
 

@@ -13,12 +13,20 @@ FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02
 FALLOC_FL_ZERO_RANGE = 0x10
 
+MS_NOSUID = 0x02
+MS_NODEV = 0x04
+MNT_FORCE = 0x01
+MNT_DETACH = 0x02
+UMOUNT_NOFOLLOW = 0x08
+
 _SYS_CACHESTAT = 451
 _PR_SET_TIMERSLACK = 29
 _FOUR_BYTES = bytes(4)
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _libc.fallocate.restype = ctypes.c_int
+_libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
+_libc.umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
 _syscall = _libc.syscall
 _syscall.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long]
 _syscall.restype = ctypes.c_long
@@ -81,6 +89,21 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> int:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
     return 0
+
+
+def mount(source: str, target: str, filesystem: str, flags: int, options: str) -> None:
+    """mount(2), with flags MS_*."""
+    names = (os.fsencode(name) for name in (source, target, filesystem))
+    if _libc.mount(*names, flags, os.fsencode(options)) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def umount(target: str, flags: int) -> None:
+    """umount2(2), with flags MNT_* and UMOUNT_NOFOLLOW."""
+    if _libc.umount2(os.fsencode(target), flags) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
 
 
 def filesystem_type(fd: int) -> int:

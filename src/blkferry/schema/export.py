@@ -130,6 +130,40 @@ class BlockExportOptionsNbd(BlockExportOptions):
     ] = False
 
 
+class FuseExportAllowOther(enum.StrEnum):
+    """Whether users other than the one who mounts may use a FUSE export."""
+
+    OFF = "off"
+    ON = "on"
+    AUTO = "auto"
+
+
+@branch
+class BlockExportOptionsFuse(BlockExportOptions):
+    """The node as a regular file, by FUSE."""
+
+    type: Literal["fuse"] = "fuse"
+    mountpoint: Annotated[str, Doc("the regular file that shows the node; it has to be there already", since="6.0")]
+    growable: Annotated[bool, Doc("writes behind the end make the node larger", since="6.0")] = False
+    allow_other: Annotated[
+        FuseExportAllowOther,
+        Doc(
+            "on lets other users in as the file's mode allows, which takes user_allow_other in /etc/fuse.conf unless "
+            "root mounts; auto does so where that is possible",
+            since="6.1",
+        ),
+    ] = FuseExportAllowOther.AUTO
+    passthrough: Annotated[
+        bool,
+        Doc(
+            "let the kernel read and write a plain raw image by itself: as fast as the image, and unseen. While the "
+            "file is open, bitmaps, snapshots and other changes of the node are refused. Takes growable if writable, "
+            "and Linux 6.9",
+            features=(EXTENSION,),
+        ),
+    ] = False
+
+
 class BlockExportRemoveMode(enum.StrEnum):
     """What happens to the clients of an export that is removed."""
 
@@ -173,6 +207,10 @@ class BlockExportInfo(Struct):
     node_name: Annotated[str, Doc("the exported node")]
     shutting_down: Annotated[bool, Doc("whether it is being removed")]
     clients: Annotated[list[BlockExportClient], Doc("who uses it now", features=(EXTENSION,))]
+    mountpoint: Annotated[str | None, Doc("the file that shows it, with FUSE", features=(EXTENSION,))] = None
+    allow_other: Annotated[
+        bool | None, Doc("whether other users may open that file, as its mode allows", features=(EXTENSION,))
+    ] = None
 
 
 class BlockExportDeleted(Struct):

@@ -48,7 +48,7 @@ def test_version():
     ("argv", "text"),
     [
         (["srve", "a"], "Did you mean 'serve'?"),
-        (["frobnicate"], "There is: image, serve."),
+        (["frobnicate"], "There is: image, mount, serve, umount."),
         (["serve"], "Missing argument 'IMAGE...'"),
         (["serve", "--scoket", "s", "a"], "--socket"),
         (["serve", "a", "-n", "x", "-n", "y"], "--name is given 2 times for 1 images"),

@@ -90,6 +90,7 @@ OURS = {name for name, command in COMMANDS.items() if EXTENSION in command.featu
 VARIANTS = {
     ("block-export-add", "nbd"): "name?:str description?:str bitmaps?:array allocation-depth?:bool",
     ("block-export-add", "vhost-user-blk"): "addr:object logical-block-size?:int num-queues?:int",
+    ("block-export-add", "fuse"): "mountpoint:str growable?:bool allow-other?:enum",
     ("object-add", "iothread"): (
         "aio-max-batch?:int thread-pool-min?:int thread-pool-max?:int poll-max-ns?:int poll-grow?:int poll-shrink?:int"
     ),

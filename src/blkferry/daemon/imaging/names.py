@@ -275,6 +275,11 @@ async def opened(
         except Error as error:
             raise about(image, error) from error
         yield loan
+        if writable:
+            try:
+                await loan.run(loan.node.settle())
+            except OSError as error:
+                raise Error.from_oserror(f"Could not write all of '{image}'", error) from error
 
 
 def about(image: ImageName, error: Error) -> Error:

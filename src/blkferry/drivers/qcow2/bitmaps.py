@@ -213,6 +213,8 @@ class StoredBitmaps:
                     )
                 )
         await self._write_directory(node, entries, obsolete)
+        for bitmap in kept.values():
+            bitmap.changed = False
 
     async def _write_directory(self, node: Qcow2, entries: list[BitmapEntry], obsolete: list[tuple[int, int]]) -> None:
         """Let the image have a new directory, and give up the old one and these runs of clusters."""

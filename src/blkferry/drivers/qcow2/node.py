@@ -213,7 +213,7 @@ class Qcow2(Node):
         if self.metadata.writable and not self.corrupt:
             try:
                 with self.marking_corruption():
-                    await self.settle_on_disk()
+                    await self.settle()
             except (OSError, Error) as error:
                 log.error("%s: could not write everything on closing: %s", self.filename(), error)  # noqa: TRY400
         await self.metadata.reclaiming.end()
@@ -221,8 +221,9 @@ class Qcow2(Node):
             await asyncio.wait([self._marking])
         self._opened = False
 
-    async def settle_on_disk(self) -> None:
-        """Leave the image as somebody else should find it. Raises OSError or Error."""
+    async def settle(self) -> None:
+        if not self.metadata.writable or self.corrupt:
+            return
         await self.bitmaps.store(self)
         await self.metadata.finish()
         await self.metadata.reclaiming.rested()

@@ -38,7 +38,7 @@ async def prepare(node: Qcow2, reopening: Reopening) -> None:
     if not node.metadata.writable or node.corrupt:
         return
     try:
-        await node.settle_on_disk()
+        await node.settle()
     except OSError as error:
         raise Error.from_oserror(f"Could not write the metadata of '{node.name}'", error, node=node.name) from error
     reopening.prepared = "settled"

@@ -1,0 +1,1 @@
+"""FUSE: a node as a regular file that any program can open."""

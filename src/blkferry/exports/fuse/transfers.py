@@ -1,0 +1,246 @@
+"""Reads and writes off the straight line: of several pieces, by the engine, at the end of the file, or as a task.
+
+Each function answers the request, now or later. What it starts and does not finish is counted by `session.begin`, and
+ends with one `session.finished`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from functools import partial
+from typing import TYPE_CHECKING
+
+from blkferry.exports.fuse.limits import MAX_PIECES, MAX_SIZE
+from blkferry.plane.buffers import Buffer
+from blkferry.plane.window import REGION_BITS
+from blkferry.wire.fuse.init import MAX_WRITE
+from blkferry.wire.fuse.replies import OUT_HEADER, WRITE_REPLY, failure, success
+
+if TYPE_CHECKING:
+    from blkferry.exports.fuse.session import Session
+    from blkferry.exports.places import Lane, Stretch
+
+_ZEROES = memoryview(bytes(MAX_WRITE))
+
+
+# Reads ---------------------------------------------------------------------------------------------------------------
+
+
+def read(session: Session, unique: int, offset: int, size: int) -> None:
+    """Answer a READ; at the end of the file it gets less than it asks for."""
+    size = min(size, max(session.places.size - offset, 0))
+    if not size:
+        session.reply(success(unique))
+        return
+    if size > MAX_WRITE:  # more than was agreed on
+        session.reply(failure(unique, errno.EINVAL))
+        return
+    stretches = session.places.stretches(offset, size)
+    if stretches is not None and (
+        _answer_cached(session, unique, offset, size, stretches) or _gather(session, unique, offset, size, stretches)
+    ):
+        return
+    session.spawn(unique, _read(session, unique, offset, size), size)
+
+
+async def _read(session: Session, unique: int, offset: int, size: int) -> bytes:
+    data = bytearray(size)
+    await session.root.read(offset, memoryview(data))
+    session.sent += size
+    return success(unique, data)
+
+
+def _answer_cached(session: Session, unique: int, offset: int, size: int, stretches: list[Stretch]) -> bool:
+    """Answer from the page cache; False when it is not all there."""
+    if len(stretches) > MAX_PIECES:
+        return False
+    parts: list[memoryview] = []
+    for lane, delta, start, end in stretches:
+        part = _ZEROES[: end - start]
+        if lane is not None:
+            found = _cached(session, lane, start + delta, end - start, start - offset)
+            if found is None:
+                return False
+            part = found
+        parts.append(part)
+    session.sent += size
+    session.reply(OUT_HEADER.pack(OUT_HEADER.size + size, 0, unique), *parts)
+    return True
+
+
+def _cached(session: Session, lane: Lane, place: int, length: int, at: int) -> memoryview | None:
+    """A piece of an image that is in the page cache: from its mapping, or copied to `at` of the scratch memory."""
+    storage = lane.storage
+    if lane.is_hot(place, length, session.places.turn):
+        window = storage.window()
+        assert window is not None
+        return window.view[place : place + length]
+    flags = storage.inline_read_flags
+    if flags is None:
+        return None
+    window = storage.window()
+    if window is not None and place + length <= window.size:
+        window.touch(place >> REGION_BITS, session.services.cache)
+    view = session.services.scratch_view[at : at + length]
+    try:
+        return view if os.preadv(storage.fd, (view,), place, flags) == length else None
+    except OSError:  # it would have to wait; or it fails, as it will once more where that is answered
+        return None
+
+
+def _gather(session: Session, unique: int, offset: int, size: int, stretches: list[Stretch]) -> bool:
+    """Read all pieces at once by the engine; False when they are too many or not aligned."""
+    parts = [(lane.storage, delta, start, end) for lane, delta, start, end in stretches if lane is not None]
+    if not 0 < len(parts) <= MAX_PIECES:
+        return False
+    for storage, delta, start, end in parts:
+        if storage.direct and (start - offset | start + delta | end - start) % storage.alignment:
+            return False
+    buffer = session.services.buffers.acquire(size)
+    session.begin(size)
+    left, failed, is_short = len(parts), 0, False
+
+    def have_read(wanted: int, result: int) -> None:
+        nonlocal left, failed, is_short
+        if result < 0:
+            failed = -result
+        elif result < wanted:
+            is_short = True
+        left -= 1
+        if left:
+            return
+        if failed:
+            session.fail(unique, OSError(failed, os.strerror(failed)), "reading")
+        elif is_short:  # the end of the file: the task knows what may be zero there and what may not
+            session.spawn(unique, _read(session, unique, offset, size), size)
+        else:
+            session.sent += size
+            session.reply(OUT_HEADER.pack(OUT_HEADER.size + size, 0, unique), buffer.view[:size])
+        buffer.release()
+        session.finished(size)
+
+    if len(parts) < len(stretches):
+        for lane, _, start, end in stretches:
+            if lane is None:
+                buffer.view[start - offset : end - offset] = bytes(end - start)
+    for storage, delta, start, end in parts:
+        storage.read(buffer, start - offset, end - start, start + delta, partial(have_read, end - start))
+    return True
+
+
+# Writes --------------------------------------------------------------------------------------------------------------
+
+
+def write(session: Session, unique: int, offset: int, size: int, *, tried: bool = False) -> None:
+    """Answer a WRITE, whose data the session has just received; a file that does not grow takes what fits into it.
+
+    `tried` says that it could not be done within the turn.
+    """
+    if not session.writable:
+        session.reply(failure(unique, errno.EACCES))
+        return
+    if size > MAX_WRITE:
+        session.reply(failure(unique, errno.EINVAL))
+        return
+    end, length = offset + size, session.places.size
+    if end > MAX_SIZE:
+        session.reply(failure(unique, errno.EFBIG))
+        return
+    if end > length and not session.growable:
+        if offset >= length:
+            session.reply(failure(unique, errno.ENOSPC))
+            return
+        size = length - offset
+    try:
+        if size and (end <= length or not session.growable or _grow_now(session, end)):
+            if not tried and _write_now(session, offset, size):
+                session.reply(_written(session, unique, size))
+            else:
+                _write(session, unique, offset, size)
+            return
+    except OSError as error:
+        session.fail(unique, error, "writing")
+        return
+    if not size:
+        session.reply(_written(session, unique, 0))
+        return
+    buffer, start = session.keep_data(size)
+    session.spawn(unique, _grow_and_write(session, unique, offset, size, buffer, start), size)
+
+
+def _written(session: Session, unique: int, size: int) -> bytes:
+    session.received += size
+    session.inode.modified = time.time_ns()
+    return WRITE_REPLY.pack(WRITE_REPLY.size, 0, unique, size)
+
+
+def _grow_now(session: Session, end: int) -> bool:
+    """Make the file longer if that can be done at once."""
+    node = session.root.node
+    if session.resizing.locked() or not node.grow(end):
+        return False
+    node.retire()
+    return True
+
+
+def _write_now(session: Session, offset: int, size: int) -> bool:
+    places = session.places
+    whole = places.look()
+    throttled = places if whole is None or whole[0] is None else whole[0].storage
+    if time.monotonic() < throttled.inline_writes_from:
+        return False
+    return session.root.write_now(offset, session.data[:size])
+
+
+def _write(session: Session, unique: int, offset: int, size: int) -> None:
+    """Write in place by the engine where that is all there is to do, else as a task."""
+    root = session.root
+    buffer, start = session.keep_data(size)
+    spot = session.places.in_place(offset, size)
+    if spot is None or (root.writethrough and root.node.flush_target() is not spot[0]):
+        session.spawn(unique, _write_all(session, unique, offset, size, buffer, start), size)
+        return
+    storage, place = spot
+    if storage.alignment > 1 and ((place | size) % storage.alignment or not storage.write_shortcut):
+        session.spawn(unique, _write_all(session, unique, offset, size, buffer, start), size)
+        return
+    session.begin(size)
+
+    def written(result: int) -> None:
+        buffer.release()
+        if result < 0:
+            session.fail(unique, OSError(-result, os.strerror(-result)), "writing")
+        else:
+            session.reply(_written(session, unique, size))
+        session.finished(size)
+
+    storage.fast_write(buffer, size, place, root.writethrough, written, start=start)
+
+
+async def _write_all(session: Session, unique: int, offset: int, size: int, buffer: Buffer, start: int) -> bytes:
+    try:
+        await session.root.write(offset, buffer.view[start : start + size])
+    finally:
+        buffer.release()
+    return _written(session, unique, size)
+
+
+async def _grow_and_write(session: Session, unique: int, offset: int, size: int, buffer: Buffer, start: int) -> bytes:
+    try:
+        async with session.resizing:
+            if session.root.node.length < offset + size:
+                await resize(session, offset + size)
+    except BaseException:
+        buffer.release()
+        raise
+    return await _write_all(session, unique, offset, size, buffer, start)
+
+
+async def resize(session: Session, length: int) -> None:
+    """Change the length of the node; the caller holds `session.resizing`. Raises OSError or Error."""
+    node = session.root.node
+    await node.resize(length)
+    if session.places.size != node.length:
+        node.retire()

@@ -1,0 +1,44 @@
+"""Who has a file open, for those who are told that it is in use. Asks /proc and /sys only, never the file system."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from blkferry.plane.patience import within
+
+LOOK_SECONDS = 5.0
+"""A machine may have very many processes, and then nobody is found in time."""
+
+
+async def users(path: str) -> list[str]:
+    """Processes as "name (pid 12)", and loop devices. Processes of others may be hidden from us, and none be found."""
+    try:
+        return await within(LOOK_SECONDS, _find, path)
+    except TimeoutError:
+        return []
+
+
+def _find(path: str) -> list[str]:
+    return [*_processes(path), *_loop_devices(path)]
+
+
+def _processes(path: str) -> Iterator[str]:
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            opened = (os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd"))
+            if path in opened:
+                with open(f"/proc/{pid}/comm", errors="replace") as name:
+                    yield f"{name.read().strip()} (pid {pid})"
+        except OSError:  # it has ended, or is none of our business
+            continue
+
+
+def _loop_devices(path: str) -> Iterator[str]:
+    for name in os.listdir("/sys/block") if os.path.isdir("/sys/block") else ():
+        try:
+            with open(f"/sys/block/{name}/loop/backing_file", errors="surrogateescape") as backing:
+                if backing.read().removesuffix("\n") == path:
+                    yield f"/dev/{name}"
+        except OSError:
+            continue
