@@ -24,8 +24,9 @@ import time
 from blkferry.testing.daemon import DaemonThread
 from blkferry.testing.vhost_user import FEATURES, USER_START, FrontEnd
 from blkferry.testing.virtio import GUEST_START, DriverMemory
-from blkferry.wire.vhost_user import messages as wire
+from blkferry.wire.vhost_user import payloads as wire
 from blkferry.wire.vhost_user.constants import PROTOCOL_FEATURES, Request
+from blkferry.wire.vhost_user.messages import build
 from blkferry.wire.virtio.features import Feature
 from blkferry.wire.virtio_blk import HEADER, Type
 
@@ -73,26 +74,26 @@ def honest(rng, memory):
     where = [USER_START + offset for offset in (0, 0x4000, 0x2000)]
     base = 0x80008000 if features & Feature.RING_PACKED else 0
     messages = [
-        (0, wire.build(Request.SET_FEATURES, wire.U64(features | PROTOCOL_FEATURES | rng.choice([0, 0, 1 << 26])))),
-        (1, wire.build(Request.ADD_MEM_REG, wire.SingleRegion(region))),
-        (0, wire.build(Request.SET_VRING_NUM, wire.VringState(0, rng.choice([8, 64, 256])))),
-        (0, wire.build(Request.SET_VRING_BASE, wire.VringState(0, base))),
-        (0, wire.build(Request.SET_VRING_ADDR, wire.VringAddr(0, rng.randrange(2), *where, memory.start + 0x4000))),
-        (1, wire.build(Request.SET_VRING_CALL, wire.VringFd(0, has_fd=True))),
-        (1, wire.build(Request.SET_VRING_KICK, wire.VringFd(0, has_fd=True))),
-        (0, wire.build(Request.SET_VRING_ENABLE, wire.VringState(0, 1))),
+        (0, build(Request.SET_FEATURES, wire.U64(features | PROTOCOL_FEATURES | rng.choice([0, 0, 1 << 26])))),
+        (1, build(Request.ADD_MEM_REG, wire.SingleRegion(region))),
+        (0, build(Request.SET_VRING_NUM, wire.VringState(0, rng.choice([8, 64, 256])))),
+        (0, build(Request.SET_VRING_BASE, wire.VringState(0, base))),
+        (0, build(Request.SET_VRING_ADDR, wire.VringAddr(0, rng.randrange(2), *where, memory.start + 0x4000))),
+        (1, build(Request.SET_VRING_CALL, wire.VringFd(0, has_fd=True))),
+        (1, build(Request.SET_VRING_KICK, wire.VringFd(0, has_fd=True))),
+        (0, build(Request.SET_VRING_ENABLE, wire.VringState(0, 1))),
     ]
     also = [
-        (0, wire.build(Request.GET_VRING_BASE, wire.VringState(0, 0))),
-        (0, wire.build(Request.RESET_DEVICE)),
-        (0, wire.build(Request.REM_MEM_REG, wire.SingleRegion(region))),
-        (1, wire.build(Request.SET_MEM_TABLE, wire.MemoryTable((region,)))),
-        (0, wire.build(Request.GET_INFLIGHT_FD, wire.Inflight(0, 0, rng.randrange(3), rng.choice([8, 64])))),
-        (1, wire.build(Request.SET_INFLIGHT_FD, wire.Inflight(rng.choice([MEMORY, 40000]), 0, 1, rng.choice([8, 64])))),
-        (1, wire.build(Request.SET_LOG_BASE, wire.Log(1 << 15, 0))),
-        (0, wire.build(Request.SET_CONFIG, wire.Config(32, 0, b"\1"))),
-        (0, wire.build(Request.GET_CONFIG, wire.Config(rng.randrange(100), 0, bytes(rng.randrange(100))))),
-        (0, wire.build(Request.SET_STATUS, wire.U64(rng.randrange(2)))),
+        (0, build(Request.GET_VRING_BASE, wire.VringState(0, 0))),
+        (0, build(Request.RESET_DEVICE)),
+        (0, build(Request.REM_MEM_REG, wire.SingleRegion(region))),
+        (1, build(Request.SET_MEM_TABLE, wire.MemoryTable((region,)))),
+        (0, build(Request.GET_INFLIGHT_FD, wire.Inflight(0, 0, rng.randrange(3), rng.choice([8, 64])))),
+        (1, build(Request.SET_INFLIGHT_FD, wire.Inflight(rng.choice([MEMORY, 40000]), 0, 1, rng.choice([8, 64])))),
+        (1, build(Request.SET_LOG_BASE, wire.Log(1 << 15, 0))),
+        (0, build(Request.SET_CONFIG, wire.Config(32, 0, b"\1"))),
+        (0, build(Request.GET_CONFIG, wire.Config(rng.randrange(100), 0, bytes(rng.randrange(100))))),
+        (0, build(Request.SET_STATUS, wire.U64(rng.randrange(2)))),
     ]
     for message in rng.sample(also, rng.randrange(4)):
         messages.insert(rng.randrange(len(messages) + 1), message)

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Self, TypeVar
 
 from blkferry.testing.virtio import GUEST_START, BlockDriver, DriverMemory, RingDriver, Sent, ring_driver
-from blkferry.wire.vhost_user import messages as wire
+from blkferry.wire.vhost_user import payloads as wire
 from blkferry.wire.vhost_user.constants import PROTOCOL_FEATURES, HeaderFlag, ProtocolFeature, Request
-from blkferry.wire.vhost_user.messages import HEADER, Payload
+from blkferry.wire.vhost_user.messages import HEADER, build
+from blkferry.wire.vhost_user.payloads import Payload
 from blkferry.wire.virtio.features import Feature
 from blkferry.wire.virtio_blk import Feature as Blk
 
@@ -107,7 +108,7 @@ class FrontEnd:
     def send(
         self, request: Request, payload: Payload = None, fds: Sequence[int] = (), *, need_reply: bool = False
     ) -> None:
-        self.send_bytes(wire.build(request, payload, need_reply=need_reply), fds)
+        self.send_bytes(build(request, payload, need_reply=need_reply), fds)
 
     def receive(self, request: Request, kind: type[Kind]) -> tuple[Kind, list[int]]:
         """The reply to a request, and the descriptors with it."""

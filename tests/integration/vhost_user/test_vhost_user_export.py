@@ -12,8 +12,9 @@ from vhost_user_host import SIZE, eventually
 from blkferry.errors import Error, ErrorKind
 from blkferry.testing.vhost_user import FEATURES, PROTOCOL, USER_START, FrontEnd
 from blkferry.testing.virtio import GUEST_START, DriverMemory
-from blkferry.wire.vhost_user import messages as wire
+from blkferry.wire.vhost_user import payloads as wire
 from blkferry.wire.vhost_user.constants import LOG_ALL, PROTOCOL_FEATURES, ProtocolFeature, Request, VringFlag
+from blkferry.wire.vhost_user.messages import HEADER, build_reply
 from blkferry.wire.virtio.features import Feature
 from blkferry.wire.virtio_blk import CONFIG_WRITEBACK, SEGMENT, Type
 from blkferry.wire.virtio_blk import Feature as Blk
@@ -79,7 +80,7 @@ def test_the_configuration(host):
         part = front.ask(Request.GET_CONFIG, wire.Config, wire.Config(32, 0, bytes(1)))
         assert part == wire.Config(32, 0, b"\1")
         front.send(Request.GET_CONFIG, wire.Config(0, 0, bytes(97)))
-        assert front.sock.recv(100) == wire.build_reply(Request.GET_CONFIG)
+        assert front.sock.recv(100) == build_reply(Request.GET_CONFIG)
         front.share()
         vring = front.make_vring()
         front.start(vring)
@@ -286,7 +287,7 @@ def test_the_front_end_is_told_of_another_size(host, tmp_path):
             assert vring.run(Type.IN, SIZE * 4 // 512 - 1, length=512)[0] == 1
             host.daemon.execute("block_resize", node_name="file", size=SIZE * 4)
             ours.settimeout(10)
-            assert ours.recv(100) == wire.HEADER.pack(2, 1, 0)
+            assert ours.recv(100) == HEADER.pack(2, 1, 0)
             assert front.ask(Request.GET_CONFIG, wire.Config, config).data == (SIZE * 4 // 512).to_bytes(8, "little")
             assert vring.run(Type.IN, SIZE * 4 // 512 - 1, length=512) == (0, bytes(512))
         host.daemon.execute("block_resize", node_name="file", size=SIZE)  # it does not listen any more

@@ -9,9 +9,10 @@ import pytest
 from blkferry.errors import Error
 from blkferry.testing.vhost_user import FEATURES, PROTOCOL, USER_START, FrontEnd
 from blkferry.testing.virtio import GUEST_START, DriverMemory
-from blkferry.wire.vhost_user import messages as wire
+from blkferry.wire.vhost_user import payloads as wire
 from blkferry.wire.vhost_user.constants import LOG_ALL, PROTOCOL_FEATURES, ProtocolFeature, Request
-from blkferry.wire.vhost_user.messages import MemoryRegion, VringState
+from blkferry.wire.vhost_user.messages import build
+from blkferry.wire.vhost_user.payloads import MemoryRegion, VringState
 from blkferry.wire.virtio_blk import Type
 
 
@@ -194,7 +195,7 @@ def test_a_front_end_that_does_not_read_its_answers(host):
 def test_what_breaks_off_in_the_middle(host, caplog):
     caplog.set_level("INFO")
     with FrontEnd(host.export()) as front:
-        front.send_bytes(wire.build(Request.SET_FEATURES, wire.U64(1))[:15], [front.memory.fd])
+        front.send_bytes(build(Request.SET_FEATURES, wire.U64(1))[:15], [front.memory.fd])
     served(host.path())
     assert "in the middle of a message" in caplog.text
 

@@ -8,7 +8,7 @@ from vhost_user_host import eventually
 from blkferry.exports.vhost_user_blk.inflight import InflightBuffer, PackedInflight, SplitInflight
 from blkferry.testing.vhost_user import FEATURES, PROTOCOL, FrontEnd, Vring
 from blkferry.testing.virtio import DriverMemory, PackedDriver
-from blkferry.wire.vhost_user import messages as wire
+from blkferry.wire.vhost_user import payloads as wire
 from blkferry.wire.vhost_user.constants import ProtocolFeature, Request
 from blkferry.wire.virtio.chain import Inflight, Ring
 from blkferry.wire.virtio.features import Feature

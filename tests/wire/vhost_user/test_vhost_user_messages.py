@@ -6,9 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blkferry.wire.vhost_user import messages as wire
+from blkferry.wire.vhost_user import payloads as wire
 from blkferry.wire.vhost_user.constants import MAX_FDS, MAX_PAYLOAD, BackendRequest, Request
-from blkferry.wire.vhost_user.messages import FORMS, Message, ProtocolError, Receiver
+from blkferry.wire.vhost_user.messages import (
+    FORMS,
+    HEADER,
+    Message,
+    Receiver,
+    build,
+    build_backend_request,
+    build_reply,
+)
+from blkferry.wire.vhost_user.payloads import ProtocolError
 
 CORPUS = Path(__file__).parents[3] / "fuzz" / "corpus" / "vhost_user"
 
@@ -47,7 +56,7 @@ def test_what_front_ends_say(name, step):
         (message,) = receive(receiver, data, descriptors, step)
         assert receiver.empty
         assert message.fds == descriptors
-        assert wire.build(message.request, message.payload, need_reply=message.need_reply) == data
+        assert build(message.request, message.payload, need_reply=message.need_reply) == data
 
 
 def test_a_conversation_in_words():
@@ -95,8 +104,8 @@ def test_payloads(payload, data):
 
 
 def test_replies_and_requests_of_ours():
-    assert wire.build_reply(Request.GET_QUEUE_NUM, wire.U64(4)).hex() == "1100000005000000080000000400000000000000"
-    assert wire.build_backend_request(BackendRequest.CONFIG_CHANGE_MSG).hex() == "020000000100000000000000"
+    assert build_reply(Request.GET_QUEUE_NUM, wire.U64(4)).hex() == "1100000005000000080000000400000000000000"
+    assert build_backend_request(BackendRequest.CONFIG_CHANGE_MSG).hex() == "020000000100000000000000"
 
 
 def test_the_unpadded_description_of_what_is_in_flight():
@@ -104,7 +113,7 @@ def test_the_unpadded_description_of_what_is_in_flight():
 
 
 def message(request: int, payload: bytes = b"", flags: int = 1) -> bytes:
-    return wire.HEADER.pack(request, flags, len(payload)) + payload
+    return HEADER.pack(request, flags, len(payload)) + payload
 
 
 REGION = wire.REGION.pack(0, 4096, 0, 0)
@@ -116,7 +125,7 @@ REGION = wire.REGION.pack(0, 4096, 0, 0)
         (message(1, flags=2), 0, "a message has version 2 instead of 1"),
         (message(1, flags=5), 0, "a message (1) is a reply, which nobody asked for"),
         (
-            wire.HEADER.pack(25, 1, MAX_PAYLOAD + 1),
+            HEADER.pack(25, 1, MAX_PAYLOAD + 1),
             0,
             f"{MAX_PAYLOAD + 1} bytes, above {MAX_PAYLOAD}",
         ),

@@ -22,15 +22,8 @@ from blkferry.exports.virtio_blk.device import Device
 from blkferry.plane.loops import ended_unseen
 from blkferry.plane.services import Services
 from blkferry.wire.vhost_user.constants import ProtocolFeature
-from blkferry.wire.vhost_user.messages import (
-    FORMS,
-    U64,
-    Answer,
-    Message,
-    ProtocolError,
-    Receiver,
-    build_reply,
-)
+from blkferry.wire.vhost_user.messages import FORMS, Answer, Message, Receiver, build_reply
+from blkferry.wire.vhost_user.payloads import U64, ProtocolError
 
 log = logging.getLogger(__name__)
 

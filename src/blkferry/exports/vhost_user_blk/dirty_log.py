@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Final
 
 from blkferry.wire.vhost_user.constants import LOG_PAGE
-from blkferry.wire.vhost_user.messages import Log, ProtocolError
+from blkferry.wire.vhost_user.payloads import Log, ProtocolError
 
 BYTE_SPAN: Final = LOG_PAGE * 8
 """Bytes of guest memory that one byte of the log stands for."""

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from blkferry.units import align_up
-from blkferry.wire.vhost_user.messages import Inflight, ProtocolError
+from blkferry.wire.vhost_user.payloads import Inflight, ProtocolError
 from blkferry.wire.virtio.chain import Chain, DescFlag, Descriptor, RingError
 
 VERSION: Final = 1

@@ -22,7 +22,7 @@ from blkferry.plane.guarded import guarded_map
 from blkferry.plane.syscalls import filesystem_type
 from blkferry.units import align_down, align_up
 from blkferry.wire.vhost_user.constants import MAX_MEM_SLOTS
-from blkferry.wire.vhost_user.messages import MemoryRegion, ProtocolError
+from blkferry.wire.vhost_user.payloads import MemoryRegion, ProtocolError
 from blkferry.wire.virtio.memory import GuestMemory, MemoryFault, Region
 
 _HUGETLBFS: Final = 0x958458F6

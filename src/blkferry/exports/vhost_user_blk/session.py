@@ -19,7 +19,7 @@ from blkferry.exports.vhost_user_blk.inflight import InflightBuffer
 from blkferry.exports.vhost_user_blk.memory import MemoryTable
 from blkferry.exports.vhost_user_blk.vring import Vring, can_be_polled
 from blkferry.exports.virtio_blk.device import Device
-from blkferry.wire.vhost_user import messages as wire
+from blkferry.wire.vhost_user import payloads as wire
 from blkferry.wire.vhost_user.constants import (
     LOG_ALL,
     MAX_MEM_SLOTS,
@@ -30,7 +30,8 @@ from blkferry.wire.vhost_user.constants import (
     Request,
     VringFlag,
 )
-from blkferry.wire.vhost_user.messages import Payload, ProtocolError
+from blkferry.wire.vhost_user.messages import Message, build_backend_request
+from blkferry.wire.vhost_user.payloads import Payload, ProtocolError
 from blkferry.wire.virtio.chain import MAX_SIZE
 from blkferry.wire.virtio_blk import CONFIG_WRITEBACK
 
@@ -83,7 +84,7 @@ class Session:
         self._inflight: InflightBuffer | None = None
         self._backend: socket.socket | None = None
 
-    async def execute(self, message: wire.Message, fds: list[int]) -> Reply | None:
+    async def execute(self, message: Message, fds: list[int]) -> Reply | None:
         """Do what a message says. Descriptors that it keeps are taken out of `fds`. Raises ProtocolError."""
         return await self._HANDLERS[message.request](self, message.payload, fds)
 
@@ -333,7 +334,7 @@ class Session:
         if self._backend is None or not self.protocol_features & ProtocolFeature.CONFIG:
             return
         try:
-            self._backend.send(wire.build_backend_request(BackendRequest.CONFIG_CHANGE_MSG), socket.MSG_NOSIGNAL)
+            self._backend.send(build_backend_request(BackendRequest.CONFIG_CHANGE_MSG), socket.MSG_NOSIGNAL)
         except OSError as error:
             log.warning("%s: it was not told that the disk has another size: %s", self._name, error.strerror)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from blkferry.exports.vhost_user_blk.inflight import InflightBuffer, PackedInflight, SplitInflight
 from blkferry.exports.virtio_blk.queue import Queue
 from blkferry.wire.vhost_user.constants import VringFlag
-from blkferry.wire.vhost_user.messages import ProtocolError, VringAddr
+from blkferry.wire.vhost_user.payloads import ProtocolError, VringAddr
 from blkferry.wire.virtio.chain import MAX_SIZE, RingError
 from blkferry.wire.virtio.features import Feature
 from blkferry.wire.virtio.packed import EVENT_SIZE, PackedRing, PackedState
