@@ -6,6 +6,7 @@ is shown is their median, with the lowest and the highest of the rounds behind i
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Sequence
@@ -88,12 +89,17 @@ def row_sheet(result: Result) -> Sheet:
             lines.append([server.label, "failed" if server.label in result.failures else "not run", *[""] * 5])
             continue
         line = [server.label, f"{median([s.iops for s in samples]):,.0f}"]
-        line += [f"{median([getattr(s, what) for s in samples]):,.0f}" for what in ("p50_us", "p99_us")]
+        line += [latency([getattr(s, what) for s in samples]) for what in ("p50_us", "p99_us")]
         line.append(f"{median([s.cpu_us for s in samples]):.2f}")
         is_subject = server is result.subject
         line += ["", ""] if is_subject else [spread(result.ratios(server, what)) for what in ("cpu_us", "iops")]
         lines.append(line)
     return Sheet(result.row.title, HEADER, lines, notes, verdicts(result))
+
+
+def latency(found: list[float]) -> str:
+    """Microseconds, where the client knows them."""
+    return "-" if any(map(math.isnan, found)) else f"{median(found):,.0f}"
 
 
 def spread(ratios: list[float]) -> str:

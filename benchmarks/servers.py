@@ -43,6 +43,7 @@ class Access:
     format: str = "raw"
     content: Path | None = None  # the raw image with the bytes that a client is to see; None where nobody knows them
     certificates: Path | None = None  # TLS is required, with these
+    guest_socket: Path | None = None  # where the same disk is a vhost-user-blk export, too
 
     @property
     def mountpoint(self) -> Path:
@@ -113,6 +114,9 @@ def qsd_options(access: Access, *, aio: str = "") -> list[str]:
         server += ",tls-creds=tls0"
     options += ["--nbd-server", server]
     options += ["--export", export]
+    if access.guest_socket is not None:
+        guest = f"type=vhost-user-blk,id=guest,node-name=disk,addr.type=unix,addr.path={access.guest_socket}"
+        options += ["--export", f"{guest},writable={'on' if access.writable else 'off'}"]
     return options
 
 

@@ -49,6 +49,8 @@ EQUAL = Target(iops=1.0)
 TWICE = Target(iops=2.0)
 NEAR = Target(iops=0.8)
 ALLOCATING = Target(iops=1.0)
+GUEST_SHALLOW = Target(iops=1.5)
+GUEST = Target(iops=1.0)
 RECORDED = Target(cpu=1.05)
 
 
@@ -67,6 +69,7 @@ class Row:
     direct: bool = False
     iothread: bool = False
     tls: bool = False
+    vhost_user: bool = False  # the client is qemu-img bench, which goes through the image in order
     engine: str = "nbd"  # fio's; with any other it works on a file that the server shows
     buffered: bool = False  # fio uses the page cache of that file
     servers: tuple[Server, ...] = EVERYONE
@@ -254,6 +257,26 @@ ROWS = (
         iothread=True,
         target=DEEP,
         note="nbdkit knows no iothreads and runs as ever.",
+    ),
+    *(
+        Row(
+            f"vhost-user-{image_name}{name}",
+            f"vhost-user-blk, {title}, page cache{', qcow2' if image is Image.QCOW2 else ''}",
+            pattern,
+            block_size,
+            depth,
+            image=image,
+            vhost_user=True,
+            servers=(BLKFERRY, QSD),
+            target=target,
+        )
+        for image, image_name in ((Image.RANDOM, ""), (Image.QCOW2, "qcow2-"))
+        for name, title, pattern, block_size, depth, target in (
+            ("read-4k-qd1", "4 KiB read, QD 1", "read", K4, 1, GUEST_SHALLOW),
+            ("read-4k-qd32", "4 KiB read, QD 32", "read", K4, 32, GUEST),
+            ("read-256k-qd8", "256 KiB read, QD 8", "read", K256, 8, GUEST),
+            ("write-4k-qd32", "4 KiB write, QD 32", "write", K4, 32, GUEST),
+        )
     ),
     fuse_row("fuse-read-4k", "4 KiB random read, psync", "randread", K4, 1, target=EQUAL),
     fuse_row("fuse-read-4k-4", "4 KiB random read, psync, 4 jobs", "randread", K4, 1, connections=4, target=EQUAL),

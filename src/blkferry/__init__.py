@@ -7,10 +7,10 @@ async with blkferry.Daemon() as daemon:
     print(await disk.read(0, 5), "is also at", export.uri)
 """
 
-from blkferry.daemon.daemon import Daemon, NbdOffer
+from blkferry.daemon.daemon import Daemon, GuestOffer, NbdOffer
 from blkferry.daemon.disk import Disk
 from blkferry.daemon.mounts import FuseMount
 from blkferry.errors import Error, ErrorKind
 from blkferry.extent import Status
 
-__all__ = ["Daemon", "Disk", "Error", "ErrorKind", "FuseMount", "NbdOffer", "Status"]
+__all__ = ["Daemon", "Disk", "Error", "ErrorKind", "FuseMount", "GuestOffer", "NbdOffer", "Status"]

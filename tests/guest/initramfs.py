@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import lzma
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 MODULES = ("9p", "9pnet_virtio", "overlay", "virtio_net")
@@ -49,9 +50,12 @@ done
 """
 
 
-def build(modules: Path) -> bytes:
-    """Make it for the kernel whose modules are in this directory (/usr/lib/modules/VERSION of the peers root)."""
-    paths = _with_dependencies(modules)
+def build(modules: Path, *, load: Sequence[str] = MODULES, init: str = INIT) -> bytes:
+    """Make it for the kernel whose modules are in this directory (/usr/lib/modules/VERSION of the peers root).
+
+    `load` are the modules that `init` finds, which has their names in place of {modules}.
+    """
+    paths = _with_dependencies(modules, load)
     names = " ".join(path.name.removesuffix(".xz") for path in paths)
     busybox = modules.parents[2] / "bin/busybox"
     entries = [
@@ -64,18 +68,18 @@ def build(modules: Path) -> bytes:
             for path in paths
         ),
         _entry("agent", stat.S_IFREG | 0o644, AGENT.encode()),
-        _entry("init", stat.S_IFREG | 0o755, INIT.format(modules=names).encode()),
+        _entry("init", stat.S_IFREG | 0o755, init.format(modules=names).encode()),
         _entry("TRAILER!!!", 0),
     ]
     return b"".join(entries)
 
 
-def _with_dependencies(modules: Path) -> list[Path]:
+def _with_dependencies(modules: Path, load: Sequence[str]) -> list[Path]:
     """Each module after those that it needs (modules.dep lists them with the first to load last)."""
     needs = dict(line.split(":") for line in (modules / "modules.dep").read_text().splitlines())
     path_of = {Path(path).name.split(".")[0]: path for path in needs}
     ordered: dict[str, None] = {}
-    for name in MODULES:
+    for name in load:
         path = path_of[name]
         ordered |= dict.fromkeys([*reversed(needs[path].split()), path])
     return [modules / path for path in ordered]

@@ -12,6 +12,7 @@ import shlex
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import initramfs
@@ -29,8 +30,11 @@ _KERNEL_OPTIONS = "console=ttyS0 panic=-1 mitigations=off nokaslr"
 class Guest:
     """A running guest, which does one thing at a time. What its kernel and its init say is in the file `console`."""
 
-    def __init__(self, directory: Path) -> None:
-        """Boot it, with its files in this directory. Raises AssertionError when it does not come up."""
+    def __init__(self, directory: Path, devices: Sequence[str] = ()) -> None:
+        """Boot it, with its files in this directory and more `devices`, as options of QEMU.
+
+        Its memory is shared with back ends of such devices. Raises AssertionError when it does not come up.
+        """
         self.console = directory / "console"
         self.said = ""
         """What the script that runs, or ran last, has said so far."""
@@ -38,9 +42,9 @@ class Guest:
         self._port, theirs = socket.socketpair()
         with theirs:
             image = directory / "initramfs"
-            image.write_bytes(initramfs.build(_modules()))
+            image.write_bytes(initramfs.build(modules()))
             self._process = subprocess.Popen(
-                [*_machine(), *_kernel(image), *_devices(self.console, theirs.fileno())],
+                [*_machine(), *kernel(image), *_devices(self.console, theirs.fileno()), *devices],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
             )
@@ -105,6 +109,11 @@ class Guest:
         line, _, self._rest = self._rest.partition(b"\n")
         return line.decode(errors="replace")
 
+    def reboot(self) -> None:
+        """Begin anew, with nothing left of what it has changed. No script runs."""
+        self.start("echo b >/proc/sysrq-trigger", bare=True)
+        self._expect("ready", BOOT_SECONDS)
+
     def kill(self) -> None:
         """Switch it off. All it has changed is gone."""
         self._process.kill()
@@ -124,7 +133,7 @@ def _root() -> Path:
     return Path(runner).with_name("root")
 
 
-def _modules() -> Path:
+def modules() -> Path:
     (modules,) = (_root() / "usr/lib/modules").iterdir()
     return modules
 
@@ -134,12 +143,13 @@ def _machine() -> list[str]:
     return [
         *peers.peer("setpriv"),
         *("--pdeathsig", "KILL", "qemu-system-x86_64"),
-        *("-accel", "tcg,thread=single", "-machine", "q35", "-smp", "4", "-m", "512"),
-        *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
+        *("-accel", "tcg,thread=single", "-machine", "q35,memory-backend=memory", "-smp", "4", "-m", "512"),
+        *("-object", "memory-backend-memfd,id=memory,size=512M,share=on"),
+        *("-nodefaults", "-no-user-config", "-display", "none", "-action", "panic=shutdown"),
     ]
 
 
-def _kernel(image: Path) -> list[str]:
+def kernel(image: Path) -> list[str]:
     (kernel,) = (_root() / "boot").glob("vmlinuz-*")
     return ["-kernel", str(kernel), "-initrd", str(image), "-append", _KERNEL_OPTIONS]
 

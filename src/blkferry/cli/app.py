@@ -56,7 +56,7 @@ app.add_command(umount)
 
 
 @app.command(
-    short_help="Offer images over NBD until Ctrl-C.",
+    short_help="Offer images over NBD, or to virtual machines, until Ctrl-C.",
     epilog="Ctrl-C or SIGTERM end it: clients get the answers they wait for, everything written is on disk. "
     "A second one cuts clients off.",
 )
@@ -100,6 +100,13 @@ app.add_command(umount)
     metavar="NAME",
     help="Make a block device of this machine, /dev/vdX, instead of listening; once per image. With options of the "
     "export if need be, like disk0,num-queues=4.",
+)
+@click.option(
+    "--vhost-user",
+    "vhost_user",
+    multiple=True,
+    metavar="PATH",
+    help="Instead of NBD: let a virtual machine have the image as a disk, over this unix socket; once per image.",
 )
 @click.option(
     "-f",
@@ -152,7 +159,7 @@ app.add_command(umount)
 )
 @click.option("--qmp", metavar="PATH", help="Take QMP commands on this unix socket meanwhile.")
 @click.option("--json", "as_json", is_flag=True, help="Say where the exports are in one line of JSON.")
-@click.option("-q", "--quiet", is_flag=True, help="Say where the exports are, one URI per line, and nothing else.")
+@click.option("-q", "--quiet", is_flag=True, help="Say where the exports are, one per line, and nothing else.")
 @click.option("-v", "--verbose", count=True, help="Log who connects and leaves; twice for everything.")
 def serve(
     images: tuple[str, ...],
@@ -162,6 +169,7 @@ def serve(
     ports: tuple[int, ...],
     fds: tuple[str, ...],
     vduse: tuple[str, ...],
+    vhost_user: tuple[str, ...],
     *,
     writable: bool,
     image_format: str | None,
@@ -179,7 +187,7 @@ def serve(
     quiet: bool,
     verbose: int,
 ) -> None:
-    """Offer images over NBD, and say how clients reach them.
+    """Offer images over NBD, or as disks of virtual machines, and say how clients reach them.
 
     IMAGE is a raw or qcow2 image, with its backing files, a block device, or memory:SIZE for an empty disk that is gone
     at the end (and always writable). With several of --socket, --host, --port and --fd it is offered at all of these
@@ -195,14 +203,14 @@ def serve(
     blkferry serve --name scratch memory:10G
     blkferry serve --host '' --tls /etc/blkferry vm.qcow2
     blkferry serve -w --vduse disk0 vm.qcow2
+    blkferry serve -w --vhost-user /run/vm/disk.sock vm.qcow2
     """  # noqa: D301
-    if names and len(names) != len(images):
-        raise click.UsageError(f"--name is given {len(names)} times for {len(images)} images; give it once for each.")
-    if vduse and len(vduse) != len(images):
-        raise click.UsageError(f"--vduse is given {len(vduse)} times for {len(images)} images; give it once for each.")
-    for_nbd = (sockets, hosts, ports, fds, names, description, bitmaps, allocation_depth, tls, allowed)
-    if vduse and any(for_nbd):
-        raise click.UsageError("--vduse makes block devices; addresses, names, bitmaps and TLS are for NBD clients.")
+    for option, given in (("--name", names), ("--vduse", vduse), ("--vhost-user", vhost_user)):
+        if given and len(given) != len(images):
+            text = f"{option} is given {len(given)} times for {len(images)} images; give it once for each."
+            raise click.UsageError(text)
+    if vduse or vhost_user:
+        _refuse_nbd(click.get_current_context(), "--vduse" if vduse else "--vhost-user")
     from blkferry.cli.serve import Request, Speech, serve_images
 
     log_to_stderr(PROGRAM, verbose)
@@ -227,6 +235,7 @@ def serve(
         tls=tls,
         allowed=allowed,
         vduse=vduse,
+        vhost_user=vhost_user,
     )
     try:
         serve_images(request, speech)
@@ -253,3 +262,17 @@ def doctor(subjects: tuple[str, ...], *, as_json: bool) -> None:
     from blkferry.cli.doctor import diagnose
 
     sys.exit(not diagnose(subjects, as_json=as_json))
+
+
+def _refuse_nbd(ctx: click.Context, instead: str) -> None:
+    """Raise UsageError when options are given that mean nothing where images are not offered over NBD."""
+    ours = {"images", instead.removeprefix("--").replace("-", "_"), "writable", "image_format", "direct", "discard"}
+    ours |= {"objects", "qmp", "as_json", "quiet", "verbose"}
+    given = [
+        parameter.opts[-1]
+        for parameter in ctx.command.params
+        if parameter.name not in ours
+        and ctx.get_parameter_source(parameter.name or "") is click.core.ParameterSource.COMMANDLINE
+    ]
+    if given:
+        raise click.UsageError(f"{', '.join(given)} cannot go with {instead}, which is instead of NBD.")

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from blkferry.cli.ready import Offer
+from blkferry.cli.ready import Offered
 from blkferry.daemon.daemon import Daemon
 from blkferry.daemon.devices import make_device
 from blkferry.errors import Error, ErrorKind
@@ -17,17 +17,21 @@ from blkferry.schema.visit import visit
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceOffer(Offer):
+class Device:
     """An image that is a block device; `path` is None while no driver has taken it."""
 
+    name: str
+    image: str
+    size: int
+    writable: bool
     path: str | None = None
     attached: bool = False
 
     @property
-    def uris(self) -> list[str]:
+    def places(self) -> list[str]:
         return [] if self.path is None else [self.path]
 
-    def facts(self) -> dict[str, object]:
+    def as_json(self) -> dict[str, object]:
         return {
             "name": self.name,
             "image": self.image,
@@ -50,9 +54,7 @@ class DeviceOffer(Offer):
         yield "remove", f"sudo {bus.detach_command(self.name)}"
 
 
-async def offer_devices(
-    daemon: Daemon, images: Sequence[str], nodes: Sequence[str], wanted: Sequence[str]
-) -> list[Offer]:
+async def offer(daemon: Daemon, images: Sequence[str], nodes: Sequence[str], wanted: Sequence[str]) -> list[Offered]:
     """Make a device of each node, as what --vduse says of it, and put it on the bus where we may. Raises Error."""
     return [
         await _offer_device(daemon, image, _options(daemon, node, text))
@@ -73,7 +75,7 @@ def _options(daemon: Daemon, node: str, text: str) -> BlockExportOptionsVduseBlk
     return visit(BlockExportOptionsVduseBlk, values, keyval=True)
 
 
-async def _offer_device(daemon: Daemon, image: str, options: BlockExportOptionsVduseBlk) -> Offer:
+async def _offer_device(daemon: Daemon, image: str, options: BlockExportOptionsVduseBlk) -> Device:
     device = await make_device(daemon, options)
     path = None
     try:
@@ -81,6 +83,5 @@ async def _offer_device(daemon: Daemon, image: str, options: BlockExportOptionsV
     except Error as error:
         sys.stderr.write(f"blkferry: {error.message}\n{error.hint}\n")
     size = daemon.graph.find(options.node_name).length
-    return DeviceOffer(
-        options.name, image, size, options.writable, (), path=path, attached=bus.is_attached(options.name)
-    )
+    attached = bus.is_attached(options.name)
+    return Device(options.name, image, size, options.writable, path=path, attached=attached)

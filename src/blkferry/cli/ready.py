@@ -12,6 +12,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from blkferry.daemon.nbd_servers import uri_of
 from blkferry.schema.sockets import SocketAddress, SocketAddressInet, SocketAddressUnix
@@ -36,8 +37,11 @@ class Offer:
         found = (uri_of(address, self.name, tls=self.tls) for address in self.addresses)
         return [uri for uri in found if uri is not None]
 
-    def facts(self) -> dict[str, object]:
-        """What a program wants to know of it."""
+    @property
+    def places(self) -> list[str]:
+        return self.uris
+
+    def as_json(self) -> dict[str, object]:
         return {
             "name": self.name,
             "image": self.image,
@@ -67,11 +71,30 @@ class Offer:
         yield "attach", f"sudo nbd-client {where} /dev/nbd0 -N {shlex.quote(self.name)}"
 
 
+class Offered(Protocol):
+    """What there is to say of one export of any kind."""
+
+    @property
+    def image(self) -> str: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def writable(self) -> bool: ...
+    @property
+    def places(self) -> list[str]:
+        """Where it is, for programs."""
+
+    def clients(self) -> Iterator[tuple[str, str]]:
+        """Words, and what one might paste."""
+
+    def as_json(self) -> dict[str, object]: ...
+
+
 Line = list[tuple[str, str]]
 """Texts, each with its style."""
 
 
-def announce(offers: Sequence[Offer]) -> None:
+def announce(offers: Sequence[Offered]) -> None:
     """Say it to a person."""
     lines = [line for offer in offers for line in _describe(offer)]
     if sys.stdout.isatty():
@@ -87,13 +110,13 @@ def write_lines(lines: Sequence[Line]) -> None:
         write("".join("".join(text for text, _ in line) + "\n" for line in lines))
 
 
-def _describe(offer: Offer) -> Iterator[Line]:
+def _describe(offer: Offered) -> Iterator[Line]:
     how = "writable" if offer.writable else "read-only"
     yield [(offer.image, "bold"), (f": {format_size(offer.size)}, {how}, at", "")]
-    for uri in offer.uris:
-        yield [("  ", ""), (uri, "bold green")]
+    for place in offer.places:
+        yield [("  ", ""), (place, "bold green")]
     for label, command in offer.clients():
-        yield [(f"  {label + ':':<{LABEL_WIDTH}} ", "dim"), (command, "")]
+        yield [(f"  {label and label + ':':<{LABEL_WIDTH}} ", "dim"), (command, "")]
 
 
 def _write_colours(lines: Sequence[Line]) -> None:
@@ -107,14 +130,14 @@ def _write_colours(lines: Sequence[Line]) -> None:
             console.print(Text.assemble(*line), soft_wrap=True)
 
 
-def write_uris(offers: Sequence[Offer]) -> None:
+def write_uris(offers: Sequence[Offered]) -> None:
     """Say it to a shell."""
-    write("".join(f"{uri}\n" for offer in offers for uri in offer.uris))
+    write("".join(f"{place}\n" for offer in offers for place in offer.places))
 
 
-def write_json(offers: Sequence[Offer], qmp: str | None) -> None:
+def write_json(offers: Sequence[Offered], qmp: str | None) -> None:
     """Say it to a program."""
-    exports = [offer.facts() for offer in offers]
+    exports = [offer.as_json() for offer in offers]
     write(json.dumps({"pid": os.getpid(), "qmp": qmp and os.path.abspath(qmp), "exports": exports}) + "\n")
 
 

@@ -14,7 +14,6 @@ import socket
 import sys
 
 from blkferry.daemon.channel import Channel
-from blkferry.daemon.listener import Listener, listen
 from blkferry.errors import Error, ErrorKind
 from blkferry.schema.char import ChardevBackend, ChardevNull, ChardevSocket, ChardevStdio
 from blkferry.schema.sockets import (
@@ -25,6 +24,7 @@ from blkferry.schema.sockets import (
     SocketAddressVsock,
 )
 from blkferry.sockets.connect import connect
+from blkferry.sockets.listener import Listener, listen
 
 ACCEPT_PAUSE_S = 1.0  # after "too many open files" and its like, which no retry cures at once
 STDIN, STDOUT = 0, 1

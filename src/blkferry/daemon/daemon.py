@@ -251,8 +251,7 @@ class Daemon:
         not run yet, on a unix socket in a private directory. Raises Error.
         """
         if server is None and "" not in self.nbd_servers:
-            self._private_directory = tempfile.TemporaryDirectory(prefix="blkferry-")
-            await self.start_nbd_server(SocketAddressUnix(path=f"{self._private_directory.name}/nbd.sock"))
+            await self.start_nbd_server(SocketAddressUnix(path=f"{self._private()}/nbd.sock"))
         offered = disk.name if name is None else name
         options = BlockExportOptionsNbd(
             id=export_id or self._free_name("export", self.exports.ids),
@@ -265,6 +264,41 @@ class Daemon:
         )
         await self.exports.add(options)
         return NbdOffer(self, options.id, self.nbd_uris(offered, server))
+
+    async def export_to_guest(
+        self,
+        disk: Disk,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        queues: int = 1,
+        serial: str | None = None,
+        export_id: str | None = None,
+    ) -> GuestOffer:
+        """Offer a disk to a virtual machine (vhost-user-blk), writable if it is, over a unix socket at `path`.
+
+        Without one it is in a private directory. `queues` is how many the guest may have, `serial` what it takes for
+        the disk's identity. Raises Error.
+        """
+        from blkferry.exports.vhost_user_blk.options import BlockExportOptionsVhostUserBlk
+
+        identity = export_id or self._free_name("export", self.exports.ids)
+        where = os.path.join(self._private(), f"{identity}.sock") if path is None else os.path.abspath(path)
+        options = BlockExportOptionsVhostUserBlk(
+            id=identity,
+            node_name=disk.name,
+            writable=disk.writable,
+            addr=SocketAddressUnix(path=os.fspath(where)),
+            num_queues=queues,
+            serial=serial,
+        )
+        await self.exports.add(options)
+        return GuestOffer(self, identity, os.fspath(where))
+
+    def _private(self) -> str:
+        """The private directory."""
+        if self._private_directory is None:
+            self._private_directory = tempfile.TemporaryDirectory(prefix="blkferry-")
+        return self._private_directory.name
 
     async def mount(
         self,
@@ -477,21 +511,34 @@ class Daemon:
 
 
 @dataclass(frozen=True)
-class NbdOffer:
-    """An NBD export that a program made. `uris` say where clients find it, `uri` is the first of them."""
+class Offer:
+    """An export that a program made."""
 
     daemon: Daemon
     id: str
+
+    async def remove(self, *, force: bool = False) -> None:
+        """Stop offering it; `force` disconnects clients. Raises Error(BUSY) when there are some and it does not."""
+        mode = BlockExportRemoveMode.HARD if force else BlockExportRemoveMode.SAFE
+        await self.daemon.exports.remove(self.id, mode, wait=True)
+
+
+@dataclass(frozen=True)
+class NbdOffer(Offer):
+    """An NBD export. `uris` say where clients find it, `uri` is the first of them."""
+
     uris: list[str]
 
     @property
     def uri(self) -> str:
         return self.uris[0]
 
-    async def remove(self, *, force: bool = False) -> None:
-        """Stop offering it; `force` disconnects clients. Raises Error(BUSY) when there are some and it does not."""
-        mode = BlockExportRemoveMode.HARD if force else BlockExportRemoveMode.SAFE
-        await self.daemon.exports.remove(self.id, mode, wait=True)
+
+@dataclass(frozen=True)
+class GuestOffer(Offer):
+    """A vhost-user-blk export: a virtual machine's front end connects to the socket at `path`."""
+
+    path: str
 
 
 def load_branches() -> None:

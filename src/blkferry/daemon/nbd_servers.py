@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from blkferry.daemon.listener import Listener, listen
 from blkferry.errors import Error, ErrorKind
 from blkferry.exports.nbd import NbdServer
 from blkferry.exports.nbd.security import Security
@@ -21,6 +20,7 @@ from blkferry.objects.tls import TlsCreds
 from blkferry.schema.export import NbdServerInfo, NbdServerOptionsBase
 from blkferry.schema.sockets import SocketAddress, SocketAddressInet, SocketAddressUnix, SocketAddressVsock
 from blkferry.sockets import names
+from blkferry.sockets.listener import Listener, listen
 from blkferry.wire.nbd.uri import tcp_uri, unix_uri, vsock_uri
 
 if TYPE_CHECKING:

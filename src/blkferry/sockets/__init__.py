@@ -1,4 +1,4 @@
-"""Sockets for a `SocketAddress`: what its words mean, and how to connect to it.
+"""Sockets for a `SocketAddress`: what its words mean, how to connect to it, and how to listen at it.
 
-Knows neither the daemon nor what is said over a socket; who listens is `daemon.listener`.
+Knows neither the daemon nor what is said over a socket.
 """

@@ -10,13 +10,13 @@ from click.testing import CliRunner
 from blkferry.cli import devices
 from blkferry.cli import serve as serving
 from blkferry.cli.app import app
-from blkferry.cli.devices import DeviceOffer
+from blkferry.cli.devices import Device
 from blkferry.errors import Error
 from blkferry.testing.daemon import DaemonThread
 
 
 def offer(**facts):
-    return DeviceOffer("disk0", "vm.qcow2", 1 << 20, True, (), **facts)
+    return Device("disk0", "vm.qcow2", 1 << 20, True, **facts)
 
 
 def commands(shown):
@@ -25,13 +25,13 @@ def commands(shown):
 
 def test_lines_to_paste_of_a_block_device():
     shown = offer(path="/dev/vda", attached=True)
-    assert shown.uris == ["/dev/vda"]
+    assert shown.places == ["/dev/vda"]
     assert commands(shown) == {
         "look": ["lsblk", "/dev/vda"],
         "mount": ["sudo", "mount", "/dev/vda", "/mnt"],
         "remove": ["sudo", "vdpa", "dev", "del", "disk0"],
     }
-    assert shown.facts() == {
+    assert shown.as_json() == {
         "name": "disk0",
         "image": "vm.qcow2",
         "size": 1 << 20,
@@ -54,9 +54,10 @@ def test_what_is_left_to_do_is_said():
     ("argv", "text"),
     [
         (["--vduse", "a", "x", "y"], "--vduse is given 1 times for 2 images"),
-        (["--vduse", "a", "--port", "0", "x"], "--vduse makes block devices"),
-        (["--vduse", "a", "--allocation-depth", "x"], "--vduse makes block devices"),
-        (["--vduse", "a", "-n", "n", "x"], "--vduse makes block devices"),
+        (["--vduse", "a", "--port", "0", "x"], "--port cannot go with --vduse"),
+        (["--vduse", "a", "--allocation-depth", "x"], "--allocation-depth cannot go with --vduse"),
+        (["--vduse", "a", "-n", "n", "x"], "--name cannot go with --vduse"),
+        (["--vduse", "a", "--vhost-user", "s", "x"], "--vhost-user cannot go with --vduse"),
     ],
 )
 def test_wrong_use(monkeypatch, argv, text):

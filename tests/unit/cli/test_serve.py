@@ -1,12 +1,15 @@
 """The command line of `blkferry`: what is refused before anything happens, and what is said once all is up."""
 
+import json
 import shlex
+from xml.etree import ElementTree as ET
 
 import pytest
 from click.testing import CliRunner
 
 from blkferry.cli import serve as serving
 from blkferry.cli.app import app
+from blkferry.cli.guests import GuestDisk
 from blkferry.cli.ready import Offer
 from blkferry.cli.serve import default_names
 from blkferry.errors import Error, ErrorKind
@@ -51,6 +54,9 @@ def test_version():
         (["serve", "a", "-n", "x", "-n", "y"], "--name is given 2 times for 1 images"),
         (["serve", "a", "-p", "65536"], "65536 is not in the range"),
         (["serve", "a", "--max-connections", "-1"], "-1 is not in the range"),
+        (["serve", "a", "--vhost-user", "s", "--vhost-user", "t"], "--vhost-user is given 2 times for 1 images"),
+        (["serve", "a", "--vhost-user", "s", "--port", "1", "--tls", "."], "--port, --tls cannot go with --vhost-user"),
+        (["serve", "a", "--vhost-user", "s", "-n", "x"], "--name cannot go with --vhost-user, which is instead of NBD"),
     ],
 )
 def test_wrong_use(argv, text, asked):
@@ -178,3 +184,15 @@ def test_lines_to_paste_survive_the_shell_and_qemu():
     assert pasted["inspect"] == ["qemu-img", "info", uri]
     assert pasted["boot"][-1] == f"file={uri},format=raw,if=virtio"
     assert pasted["attach"] == ["sudo", "nbd-client", "-unix", "/tmp/my sock", "/dev/nbd0", "-N", "a b,c"]
+
+
+def test_lines_to_paste_for_virtual_machines():
+    disk = GuestDisk("a.img", 1 << 20, True, "/run/a,b & 'c'.sock")
+    lines = list(disk.clients())
+    assert [label for label, _ in lines] == ["qemu", "libvirt", "", "cloud", "fire"]
+    qemu, memory, xml, cloud, fire = (line for _, line in lines)
+    assert "socket,id=disk,path=/run/a,,b & 'c'.sock,reconnect-ms=1000" in shlex.split(qemu)
+    assert ET.fromstring(memory).find("access").get("mode") == "shared"
+    assert ET.fromstring(xml).find("source").get("path") == disk.path
+    assert shlex.split(cloud)[-1] == f"vhost_user=on,socket={disk.path}"
+    assert json.loads(shlex.split(fire)[-1])["socket"] == disk.path

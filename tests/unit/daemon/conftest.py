@@ -4,7 +4,7 @@ import asyncio
 
 import uvloop
 
-ON_BOTH_LOOPS = ("test_listener", "test_monitor")
+ON_BOTH_LOOPS = ("test_monitor",)
 
 
 def pytest_asyncio_loop_factories(config, item):

@@ -1,6 +1,7 @@
 """The daemon as Python programs hold it."""
 
 import asyncio
+import os
 import time
 
 import pytest
@@ -9,6 +10,8 @@ from blkferry import Daemon
 from blkferry.errors import Error
 from blkferry.schema.sockets import SocketAddressUnix
 from blkferry.testing.nbd import Client
+from blkferry.testing.vhost_user import FrontEnd
+from blkferry.wire.virtio_blk import Type
 
 
 async def test_clients_that_are_held_find_what_was_made_meanwhile(sockets):
@@ -25,6 +28,26 @@ async def test_clients_that_are_held_find_what_was_made_meanwhile(sockets):
         connected = await client
         assert connected.size == disk.size
         await asyncio.to_thread(connected.close)
+
+
+async def test_a_disk_for_a_guest(sockets):
+    async with Daemon() as daemon:
+        disk = await daemon.open("memory:1M", writable=True)
+        offer = await daemon.export_to_guest(disk, sockets / "disk", queues=2)
+        hidden = await daemon.export_to_guest(disk)
+        assert offer.path == str(sockets / "disk")
+        assert await disk.read(0, 1) == b"\0"
+
+        def guest(path):
+            with FrontEnd(path) as front:
+                return front.run().run(Type.OUT, 0, b"x" * 512)
+
+        for path in (offer.path, hidden.path):
+            assert await asyncio.to_thread(guest, path) == (0, b"")
+        assert await disk.read(0, 1) == b"x"
+        await offer.remove(force=True)
+        assert not (sockets / "disk").exists()
+    assert not os.path.exists(hidden.path)
 
 
 async def test_a_disk_is_the_same_through_every_way_in(sockets):

@@ -89,6 +89,7 @@ WIDENED = {"iothread"}  # QEMU's, marked as it takes more here
 OURS = {name for name, command in COMMANDS.items() if EXTENSION in command.features}
 VARIANTS = {
     ("block-export-add", "nbd"): "name?:str description?:str bitmaps?:array allocation-depth?:bool",
+    ("block-export-add", "vhost-user-blk"): "addr:object logical-block-size?:int num-queues?:int",
     ("block-export-add", "fuse"): "mountpoint:str growable?:bool allow-other?:enum",
     ("block-export-add", "vduse-blk"): ("name:str num-queues?:int queue-size?:int logical-block-size?:int serial?:str"),
     ("object-add", "iothread"): (

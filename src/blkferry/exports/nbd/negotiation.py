@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import socket
 import ssl
-import sys
 from typing import TYPE_CHECKING
 
 from blkferry.errors import Error
 from blkferry.plane.loops import ended_unseen
 from blkferry.plane.tls import TlsSocket, reason
+from blkferry.sockets.peer import describe_peer
 from blkferry.wire.nbd.handshake import Handshake, State
 
 if TYPE_CHECKING:
@@ -188,17 +187,3 @@ def _widen(sock: socket.socket) -> None:
         sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _UNIX_BUFFER)
     except OSError:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_BUFFER)
-
-
-def describe_peer(sock: socket.socket, address: object) -> str:
-    """Who a client is, for the log: an address, or the process at the other end of a unix socket."""
-    if sock.family == socket.AF_UNIX:
-        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        pid = int.from_bytes(credentials[:4], sys.byteorder)
-        return f"pid {pid}"
-    if sock.family == socket.AF_VSOCK and isinstance(address, tuple):
-        return f"vsock {address[0]}:{address[1]}"
-    if isinstance(address, tuple):
-        host, port = address[:2]
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    return os.fsdecode(address) if isinstance(address, bytes) else str(address)

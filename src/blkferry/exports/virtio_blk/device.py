@@ -63,12 +63,13 @@ class Device:
         self.size = align_down(root.node.length, SECTOR)
         self.places = Places(root, writable=writable)
         self.places.size = self.size
-        self.offered = int(_ALWAYS | virtio.RING | Feature.VERSION_1) | also
+        # No IntFlag: that inverts known bits only.
+        self.offered = int(_ALWAYS | virtio.RING | Feature.VERSION_1) | int(also)
         if not writable:
-            self.offered |= Blk.RO
+            self.offered |= int(Blk.RO)
         self.features = 0
         self.lost_writes = False
-        """Whether a process before us had answered writes that died with it. The next flush tells."""
+        """Whether writes may be lost that were answered and not flushed, which the next flush has to tell."""
         self._writethrough = root.writethrough  # what the export was told, for as long as the driver says nothing
         self._quiet_until = 0.0
         self._unsaid = 0

@@ -67,6 +67,9 @@ async def write(queue: Queue, request: Request, offset: int) -> None:
 
 
 async def flush(queue: Queue) -> None:
+    if queue.device.lost_writes:
+        queue.device.lost_writes = False
+        raise OSError(errno.EIO, "writes were lost")
     await queue.device.root.flush()
 
 

@@ -7,8 +7,6 @@ import sys
 
 import pytest
 
-from blkferry.daemon import listener as module
-from blkferry.daemon.listener import Listener, describe, listen
 from blkferry.daemon.nbd_servers import uri_of
 from blkferry.errors import Error, ErrorKind
 from blkferry.schema.sockets import (
@@ -18,7 +16,9 @@ from blkferry.schema.sockets import (
     SocketAddressUnix,
     SocketAddressVsock,
 )
+from blkferry.sockets import listener as module
 from blkferry.sockets import names
+from blkferry.sockets.listener import Listener, describe, listen
 
 
 def has_ipv6() -> bool:
