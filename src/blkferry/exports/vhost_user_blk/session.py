@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from collections.abc import Awaitable, Callable
 from typing import ClassVar, Final, NamedTuple, TypeVar
 
 from blkferry.errors import Error
+from blkferry.exports.vhost_user_blk.backend_channel import BackendChannel
 from blkferry.exports.vhost_user_blk.dirty_log import DirtyLog
 from blkferry.exports.vhost_user_blk.inflight import InflightBuffer
 from blkferry.exports.vhost_user_blk.memory import MemoryTable
@@ -24,13 +24,12 @@ from blkferry.wire.vhost_user.constants import (
     LOG_ALL,
     MAX_MEM_SLOTS,
     PROTOCOL_FEATURES,
-    BackendRequest,
     ConfigFlag,
     ProtocolFeature,
     Request,
     VringFlag,
 )
-from blkferry.wire.vhost_user.messages import Message, build_backend_request
+from blkferry.wire.vhost_user.messages import Message
 from blkferry.wire.vhost_user.payloads import Payload, ProtocolError
 from blkferry.wire.virtio.chain import MAX_SIZE
 from blkferry.wire.virtio_blk import CONFIG_WRITEBACK
@@ -82,7 +81,7 @@ class Session:
         self._status = 0
         self._log: DirtyLog | None = None
         self._inflight: InflightBuffer | None = None
-        self._backend: socket.socket | None = None
+        self._backend: BackendChannel | None = None
 
     async def execute(self, message: Message, fds: list[int]) -> Reply | None:
         """Do what a message says. Descriptors that it keeps are taken out of `fds`. Raises ProtocolError."""
@@ -316,27 +315,19 @@ class Session:
         return True
 
     async def _set_backend_req_fd(self, _payload: Payload, fds: list[int]) -> None:
-        try:
-            backend = socket.socket(fileno=fds[0])
-        except OSError as error:
-            raise ProtocolError("the descriptor for requests of ours is not a socket") from error
+        channel = BackendChannel(fds[0], self._name)
         fds.pop()
-        backend.setblocking(False)
-        self._set_backend(backend)
+        self._set_backend(channel)
 
-    def _set_backend(self, backend: socket.socket | None) -> None:
-        before, self._backend = self._backend, backend
+    def _set_backend(self, channel: BackendChannel | None) -> None:
+        before, self._backend = self._backend, channel
         if before is not None:
             before.close()
 
     def config_changed(self) -> None:
         """Have the front end read the configuration again, if it wants to hear of that."""
-        if self._backend is None or not self.protocol_features & ProtocolFeature.CONFIG:
-            return
-        try:
-            self._backend.send(build_backend_request(BackendRequest.CONFIG_CHANGE_MSG), socket.MSG_NOSIGNAL)
-        except OSError as error:
-            log.warning("%s: it was not told that the disk has another size: %s", self._name, error.strerror)
+        if self._backend is not None and self.protocol_features & ProtocolFeature.CONFIG:
+            self._backend.config_changed()
 
     # What is in flight ---------------------------------------------------------------------------------------------
 
