@@ -190,7 +190,7 @@ async def test_without_libpam_the_error_says_so(daemon, monkeypatch):
     assert "libpam.so.0" in str(caught.value)
 
 
-@pytest.mark.parametrize("service", ["a\0b", "\ud800", "a\n"])
+@pytest.mark.parametrize("service", ["\ud800", "a\n"])
 async def test_a_service_has_a_name(daemon, service):
     with pytest.raises(Error, match="expects the name of a PAM service"):
         await add(daemon, "authz-pam", service=service)

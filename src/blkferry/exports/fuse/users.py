@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 
@@ -25,13 +26,18 @@ def _find(path: str) -> list[str]:
 
 def _processes(path: str) -> Iterator[str]:
     for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            opened = (os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd"))
-            if path in opened:
+        with contextlib.suppress(OSError):  # it has ended, or is none of our business
+            descriptors = f"/proc/{pid}/fd"
+            if any(_target(f"{descriptors}/{fd}") == path for fd in os.listdir(descriptors)):
                 with open(f"/proc/{pid}/comm", errors="replace") as name:
                     yield f"{name.read().strip()} (pid {pid})"
-        except OSError:  # it has ended, or is none of our business
-            continue
+
+
+def _target(link: str) -> str:
+    try:
+        return os.readlink(link)
+    except OSError:  # closed meanwhile; of our own process that is also what lists these
+        return ""
 
 
 def _loop_devices(path: str) -> Iterator[str]:
