@@ -4,12 +4,14 @@ Descriptor chains name guest addresses, messages about vrings name user addresse
 ("Memory access"). Regions overlap in neither.
 
 A mapping is of what its descriptor really has: touching the rest would be SIGBUS. That the file does not shrink later
-is what a seal (F_SEAL_SHRINK) promises; where there is none we set it, if that is allowed. Memory that cannot be sealed
-(files, memfds that were made without) is guarded instead (`plane.guarded`).
+is what a seal (F_SEAL_SHRINK) promises; where there is none we set it, if that is allowed. Not all memory can be sealed
+(files, memfds that were made without), and pages of sealed memory can fail to come, too, when the host has no more: so
+all of it is guarded (`plane.guarded`), which costs nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import itertools
 import mmap
@@ -46,10 +48,8 @@ class Mapping:
         start = align_down(described.mmap_offset, page)
         try:
             length = min(align_up(end, page), status.st_size) - start
-            if _sealed(fd):
-                view = memoryview(mmap.mmap(fd, length, offset=start))
-            else:
-                view = guarded_map(fd, length, start, owner)
+            _seal(fd)
+            view = guarded_map(fd, length, start, owner)
         except (OSError, ValueError, OverflowError) as error:
             raise ProtocolError(f"{where} cannot be mapped: {error}") from error
         self.described = described
@@ -60,15 +60,10 @@ class Mapping:
         return Region(self.described.guest_start, self.described.length, self.view)
 
 
-def _sealed(fd: int) -> bool:
-    """Whether the file cannot shrink any more."""
-    try:
-        if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
-            return True
+def _seal(fd: int) -> None:
+    """See to it that the file does not shrink, if it can be."""
+    with contextlib.suppress(OSError):  # no memfd, or one that may not be sealed, or was
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-    except OSError:  # no memfd, or one that may not be sealed
-        return False
-    return True
 
 
 class MemoryTable:
