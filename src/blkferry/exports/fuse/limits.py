@@ -50,6 +50,3 @@ READY_SECONDS = 10.0
 
 RELEASE_SECONDS = 5.0
 """How long an export that is removed waits for those whom it let through to the image."""
-
-COMPLAINT_SECONDS = 1.0
-"""One log line about failed requests in this time."""

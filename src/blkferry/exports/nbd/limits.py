@@ -42,9 +42,6 @@ MAX_STATUS_LOOKS = 16
 MAX_ENGINE_PIECES = 32
 """Places that a read which is not in the page cache is gathered from at once; one that is more scattered is a task."""
 
-COMPLAINT_SECONDS = 1.0
-"""One log line about failed requests of a client in this time."""
-
 MAX_MAPPED = 256
 """Replies sent straight from the mapped file by one call: two pieces each, of the 1024 that the kernel takes."""
 

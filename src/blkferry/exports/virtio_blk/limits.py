@@ -34,9 +34,6 @@ WRITE_SECONDS: Final = 100e-6
 STALL_PENALTY: Final = 20
 """For so many times as long as a turn stalled, writes go to the engine."""
 
-COMPLAINT_SECONDS: Final = 1.0
-"""One log line about failed requests of a device in this time."""
-
 FILL_BELOW: Final = 32 << 10
 """Smaller writes are worth finding a place for that will be overwritten again."""
 
