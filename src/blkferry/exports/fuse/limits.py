@@ -11,13 +11,6 @@ TURN_BYTES = 8 << 20
 PUT_COST = TURN_BYTES // 64
 """What a write that its driver has to find a place for counts in a turn."""
 
-STALL_SECONDS = 0.005
-"""An inline write that takes longer because it slept was throttled by the kernel: writes then go by the engine for a
-while."""
-
-STALL_PENALTY = 20
-"""For so many times as long as the write took, they stay there."""
-
 MAX_IN_FLIGHT = 256
 """Requests that may wait for the engine or a task; the kernel keeps the others."""
 

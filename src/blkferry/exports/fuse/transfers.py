@@ -186,10 +186,7 @@ def _grow_now(session: Session, end: int) -> bool:
 
 
 def _write_now(session: Session, offset: int, size: int) -> bool:
-    places = session.places
-    whole = places.look()
-    throttled = places if whole is None or whole[0] is None else whole[0].storage
-    if time.monotonic() < throttled.inline_writes_from:
+    if not session.places.pace.begin(time.monotonic()):
         return False
     return session.root.write_now(offset, session.data[:size])
 

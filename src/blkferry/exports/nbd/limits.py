@@ -11,16 +11,6 @@ TURN_BYTES = 8 << 20
 PUT_COST = TURN_BYTES // 64
 """What a write that its driver has to find a place for counts in a turn: it takes as long as reading that much."""
 
-STALL_SECONDS = 0.005
-"""A turn with inline writes that takes longer was throttled by the kernel: writes then go by the engine for a while."""
-
-WRITE_SECONDS = 100e-6
-"""What one write may take besides: a turn with many of them is not one that stalled."""
-
-STALL_PENALTY = 20
-"""For so many times as long as a turn stalled, writes go to the engine: a process that was merely off the processor for
-a few milliseconds hardly notices, one that the kernel makes wait (up to 200 ms a time) stays away for seconds."""
-
 ZEROES = memoryview(bytes(SENDFILE_FROM))
 
 MAX_IN_FLIGHT = 256

@@ -16,8 +16,6 @@ from blkferry.exports.nbd.limits import (
     MAX_ENGINE_PIECES,
     MAX_READ_PIECES,
     SENDFILE_FROM,
-    STALL_PENALTY,
-    STALL_SECONDS,
     ZEROES,
 )
 from blkferry.graph import access
@@ -140,9 +138,9 @@ def _write_now(client: NbdClient, request: wire.Request, buffer: Buffer) -> bool
     places, root = client.places, client.root
     whole = places.look()
     storage = whole[0].storage if whole is not None and whole[0] is not None else None
-    throttled = places if storage is None else storage
-    now = time.monotonic()
-    if not places.may_write or request.flags & _FUA or root.writethrough or now < throttled.inline_writes_from:
+    pace = places.pace
+    began = time.monotonic()
+    if not places.may_write or request.flags & _FUA or root.writethrough or not pace.begin(began):
         return False
     view = buffer.view[: request.length]
     try:
@@ -160,9 +158,7 @@ def _write_now(client: NbdClient, request: wire.Request, buffer: Buffer) -> bool
         reply = wire.success_reply(client.mode, request)
     buffer.release()
     client.outbox.send(memoryview(reply))
-    after = time.monotonic()
-    if after - now > STALL_SECONDS:
-        throttled.inline_writes_from = after + STALL_PENALTY * (after - now)
+    pace.end(began, 1)
     return True
 
 
