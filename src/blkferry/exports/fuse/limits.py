@@ -5,18 +5,6 @@ from __future__ import annotations
 TURN_REQUESTS = 64
 """Requests that are served before others of the loop get a turn."""
 
-TURN_BYTES = 8 << 20
-"""Bytes that are moved before others get a turn."""
-
-PUT_COST = TURN_BYTES // 64
-"""What a write that its driver has to find a place for counts in a turn."""
-
-MAX_IN_FLIGHT = 256
-"""Requests that may wait for the engine or a task; the kernel keeps the others."""
-
-MAX_IN_FLIGHT_BYTES = 64 << 20
-"""Their payload."""
-
 MAX_PIECES = 64
 """Places that one reply is gathered from; a read that is more scattered is a task."""
 

@@ -32,10 +32,9 @@ from blkferry.exports.fuse import turn
 from blkferry.exports.fuse.limits import (
     COPY_BELOW,
     INTERRUPT_SECONDS,
-    MAX_IN_FLIGHT,
-    MAX_IN_FLIGHT_BYTES,
 )
 from blkferry.exports.fuse.passthrough import Passthrough
+from blkferry.exports.limits import MAX_IN_FLIGHT, MAX_IN_FLIGHT_BYTES
 from blkferry.plane.buffers import Buffer
 from blkferry.plane.drain import InFlight
 from blkferry.wire.fuse import replies

@@ -15,7 +15,8 @@ import time
 from typing import TYPE_CHECKING
 
 from blkferry.exports.fuse import operations, transfers
-from blkferry.exports.fuse.limits import PUT_COST, TURN_BYTES, TURN_REQUESTS
+from blkferry.exports.fuse.limits import TURN_REQUESTS
+from blkferry.exports.limits import PUT_COST, TURN_BYTES
 from blkferry.graph import access
 from blkferry.plane.pace import STALL_SECONDS
 from blkferry.plane.services import MAX_SLOTS, SCRATCH_OUT

@@ -29,12 +29,11 @@ from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from blkferry.exports.complaints import Complaints
+from blkferry.exports.limits import MAX_IN_FLIGHT, MAX_IN_FLIGHT_BYTES
 from blkferry.exports.nbd import slow, turn
 from blkferry.exports.nbd.limits import (
     FEW,
     GATHER_SECONDS,
-    MAX_IN_FLIGHT,
-    MAX_IN_FLIGHT_BYTES,
     MAX_RECEIVES,
 )
 from blkferry.exports.nbd.requests import Payload, with_whole_payload

@@ -5,19 +5,7 @@ from __future__ import annotations
 SENDFILE_FROM = 32 << 10
 """Reads of at least this many bytes are sent from the page cache; below it one copy is cheaper than two more calls."""
 
-TURN_BYTES = 8 << 20
-"""What one client may read in a turn, so that it does not starve the others of its loop."""
-
-PUT_COST = TURN_BYTES // 64
-"""What a write that its driver has to find a place for counts in a turn: it takes as long as reading that much."""
-
 ZEROES = memoryview(bytes(SENDFILE_FROM))
-
-MAX_IN_FLIGHT = 256
-"""Requests of one client that may wait for the engine or a task."""
-
-MAX_IN_FLIGHT_BYTES = 64 << 20
-"""Their payload: two of the largest requests."""
 
 MAX_READ_PIECES = 64
 """Chunks of one sparse read; a read that is more fragmented comes as one chunk of data."""

@@ -15,13 +15,12 @@ import os
 import time
 from typing import TYPE_CHECKING
 
+from blkferry.exports.limits import PUT_COST, TURN_BYTES
 from blkferry.exports.nbd import later, requests
 from blkferry.exports.nbd.limits import (
     MAX_MAPPED,
     MAX_PLAIN_READ,
-    PUT_COST,
     SENDFILE_FROM,
-    TURN_BYTES,
     ZEROES,
 )
 from blkferry.exports.places import DRIVEN, NOWHERE
