@@ -319,3 +319,9 @@ class Places:
             return None
         self.mark(offset, length)
         return found[0].lane.storage, offset + found[0].delta
+
+    def is_plain_write(self, storage: Storage, place: int, length: int, *, fua: bool) -> bool:
+        """Whether a write in place by the engine (`fast_write`) is all there is to do, with `fua` durability too."""
+        if fua and self._root.node.flush_target() is not storage:
+            return False
+        return storage.alignment == 1 or (not (place | length) % storage.alignment and storage.write_shortcut)

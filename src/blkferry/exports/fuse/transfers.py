@@ -196,13 +196,10 @@ def _write(session: Session, unique: int, offset: int, size: int) -> None:
     root = session.root
     buffer, start = session.keep_data(size)
     spot = session.places.in_place(offset, size)
-    if spot is None or (root.writethrough and root.node.flush_target() is not spot[0]):
+    if spot is None or not session.places.is_plain_write(*spot, size, fua=root.writethrough):
         session.spawn(unique, _write_all(session, unique, offset, size, buffer, start), size)
         return
     storage, place = spot
-    if storage.alignment > 1 and ((place | size) % storage.alignment or not storage.write_shortcut):
-        session.spawn(unique, _write_all(session, unique, offset, size, buffer, start), size)
-        return
     session.begin(size)
 
     def written(result: int) -> None:

@@ -169,13 +169,10 @@ def _write(client: NbdClient, request: wire.Request, buffer: Buffer) -> None:
     spot = client.places.in_place(request.offset, length)
     if spot is None and not fua and later.write(client, request, buffer):
         return
-    if spot is None or (fua and client.root.node.flush_target() is not spot[0]):
+    if spot is None or not client.places.is_plain_write(*spot, length, fua=fua):
         client.spawn(slow.write(client, request, buffer), length)
         return
     storage, place = spot
-    if storage.alignment > 1 and ((place | length) % storage.alignment or not storage.write_shortcut):
-        client.spawn(slow.write(client, request, buffer), length)
-        return
     client.begin(length)
 
     def written(result: int) -> None:
