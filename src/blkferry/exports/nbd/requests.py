@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import time
-from functools import partial
 from typing import TYPE_CHECKING
 
+from blkferry.exports.gathering import gather
 from blkferry.exports.nbd import later, slow
 from blkferry.exports.nbd.limits import (
     MAX_ENGINE_PIECES,
@@ -230,48 +230,23 @@ def _send_small(client: NbdClient, request: wire.Request, stretches: list[Stretc
 
 def _gather(client: NbdClient, request: wire.Request, stretches: list[Stretch]) -> bool:
     """Read all pieces at once by the engine; False when they are too many or not aligned."""
-    offset, length = request.offset, request.length
-    parts = [stretch for stretch in stretches if stretch[0] is not None]
-    for lane, delta, start, end in parts:
-        assert lane is not None
-        if lane.storage.direct and (start - offset | start + delta | end - start) % lane.storage.alignment:
-            return False
-    if not 0 < len(parts) <= MAX_ENGINE_PIECES:
-        return False
-    buffer = client.services.buffers.acquire(length)
-    client.begin(length)
-    left = len(parts)
-    failure = 0
-    is_short = False
+    length = request.length
 
-    def have_read(wanted: int, result: int) -> None:
-        nonlocal left, failure, is_short
-        if result < 0:
-            failure = result
-        elif result < wanted:
-            is_short = True
-        left -= 1
-        if left:
-            return
-        if not failure and not is_short:
+    def done(buffer: Buffer, result: int) -> None:
+        if result == length:
             _answer_read(client, request, buffer)
             client.finished(None, 0, length)
             return
         buffer.release()
-        if failure:
-            client.finished(request, failure, length)
+        if result < 0:
+            client.finished(request, result, length)
         else:  # the end of the file: the task knows what may be zero there and what may not
             client.spawn(slow.execute(client, request), length)
             client.finished(None, 0, length)
 
-    if len(parts) < len(stretches):
-        for lane, _, start, end in stretches:
-            if lane is None:
-                buffer.view[start - offset : end - offset] = bytes(end - start)
-    for lane, delta, start, end in parts:
-        assert lane is not None
-        count = end - start
-        lane.storage.read(buffer, start - offset, count, start + delta, partial(have_read, count))
+    if not gather(client.services, stretches, MAX_ENGINE_PIECES, done):
+        return False
+    client.begin(length)
     return True
 
 
