@@ -14,7 +14,7 @@ import pytest
 
 import peers
 from blkferry.errors import Error
-from blkferry.exports.nbd import requests, turn
+from blkferry.plane import pace
 from blkferry.testing.daemon import DaemonThread
 from blkferry.wire.nbd.constants import CmdFlag
 
@@ -184,8 +184,7 @@ def test_every_change_is_covered(tmp_path, kind, granularity):
 @pytest.mark.parametrize("flags", [0, CmdFlag.FUA])
 def test_a_write_that_begins_where_all_is_marked_is_marked_to_its_end(tmp_path, monkeypatch, length, flags):
     """Of a raw image, where nobody but the export itself sees to that."""
-    for module in (turn, requests):
-        monkeypatch.setattr(module, "STALL_SECONDS", 60)  # or a slow machine's writes all go to the engine
+    monkeypatch.setattr(pace, "STALL_SECONDS", 60)  # or a slow machine's writes all go to the engine
     (tmp_path / "a").write_bytes(bytes(8 * MIB))
     with DaemonThread() as daemon:
         daemon.execute("blockdev-add", driver="file", node_name="n", filename=str(tmp_path / "a"))

@@ -20,6 +20,7 @@ from blkferry.extent import Content
 from blkferry.graph.access import Run
 from blkferry.graph.node import depends_on
 from blkferry.graph.root import Root
+from blkferry.plane.pace import Pace
 from blkferry.plane.storage import Storage
 from blkferry.plane.window import REGION_BITS, Window
 
@@ -121,7 +122,7 @@ class Places:
         self.opaque = False  # all of the export is for one driver to read: there are no places
         self.lent = False  # a place that is being sent from may be used for something else meanwhile
         self.turn = 0.0  # when this turn of a client began
-        self.inline_writes_from = 0.0  # as in Storage, where there is no `whole`
+        self.own_pace = Pace()  # where there is no `whole`
         self._looked = False
         self._mixed = 0
         self._lanes: dict[Storage, Lane] = {}
@@ -136,6 +137,12 @@ class Places:
             self.marking = find_marking(self._root.node, self.size) if self._writable and self.size else None
             self.whole = self._find_whole()
         return self.whole
+
+    @property
+    def pace(self) -> Pace:
+        """That of writes within a turn: of the one storage that all lies in, else of the export's own."""
+        whole = self.look()
+        return self.own_pace if whole is None or whole[0] is None else whole[0].storage.pace
 
     def _find_whole(self) -> Piece | None:
         found = self._root.runs(0, self.size) if self.size else None
@@ -312,3 +319,9 @@ class Places:
             return None
         self.mark(offset, length)
         return found[0].lane.storage, offset + found[0].delta
+
+    def is_plain_write(self, storage: Storage, place: int, length: int, *, fua: bool) -> bool:
+        """Whether a write in place by the engine (`fast_write`) is all there is to do, with `fua` durability too."""
+        if fua and self._root.node.flush_target() is not storage:
+            return False
+        return storage.alignment == 1 or (not (place | length) % storage.alignment and storage.write_shortcut)

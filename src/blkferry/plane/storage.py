@@ -21,6 +21,7 @@ from blkferry.plane import syscalls
 from blkferry.plane.buffers import Buffer
 from blkferry.plane.drain import InFlight, RangeLock, Uses, uninterrupted
 from blkferry.plane.engine import Done, Engine, Memory
+from blkferry.plane.pace import Pace
 from blkferry.plane.services import Services
 from blkferry.plane.window import Window
 from blkferry.units import SECTOR, align_up
@@ -66,7 +67,7 @@ class Storage:
         self.writers = Uses()
         self._fast_writes = InFlight()
         self._edge_writers = 0
-        self.inline_writes_from = 0.0  # monotonic seconds: until then the kernel throttles writers, who must not sleep
+        self.pace = Pace()
         self._ranges = RangeLock()
         self.move(services)
         self._probe()

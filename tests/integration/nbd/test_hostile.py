@@ -11,7 +11,7 @@ import time
 import pytest
 from serving import SIZE, eventually, in_flight
 
-from blkferry.exports.nbd.limits import MAX_IN_FLIGHT, MAX_IN_FLIGHT_BYTES, TURN_BYTES
+from blkferry.exports.limits import MAX_IN_FLIGHT, MAX_IN_FLIGHT_BYTES, TURN_BYTES
 from blkferry.exports.nbd.lobby import MOST
 from blkferry.plane.services import BUFFER_LIMIT, MAX_SLOTS
 from blkferry.schema.control import MonitorOptions

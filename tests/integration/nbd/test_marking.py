@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 import peers
+from blkferry.plane.pace import Pace
 from blkferry.testing.daemon import DaemonThread
 from blkferry.testing.nbd import Client
 from blkferry.wire.nbd.constants import CmdFlag
@@ -78,8 +79,9 @@ def test_a_write_is_marked_and_nothing_else(daemon, tmp_path, disk, inline):
         for name, bits in names.items():
             daemon.execute("block-dirty-bitmap-add", node=node, name=name, granularity=1 << bits)
     if not inline:
-        nodes["file"].storage.inline_writes_from = float("inf")
-        daemon.daemon.exports.get("e").places.inline_writes_from = float("inf")
+        stopped = Pace()
+        stopped.stop(float("inf"))
+        nodes["file"].storage.pace = daemon.daemon.exports.get("e").places.own_pace = stopped
     with daemon.client() as client:
         for number, (what, (change, start, length, flags)) in enumerate(WRITES.items()):
             for node in recorders:

@@ -9,7 +9,7 @@ import pytest
 from serving import eventually
 
 from blkferry.exports import places
-from blkferry.exports.nbd import turn
+from blkferry.plane import pace
 from blkferry.testing import nodes, shuffled
 from blkferry.testing.daemon import DaemonThread
 from blkferry.testing.nbd import Client
@@ -50,7 +50,7 @@ def daemon():
 @pytest.mark.parametrize("kind", Kind)
 def test_reads_see_the_writes_before_them_in_one_burst(daemon, tmp_path, monkeypatch, kind, mode):
     """Whatever moves in the middle of a turn, and whether it has been read from its old place or not."""
-    monkeypatch.setattr(turn, "STALL_SECONDS", 60)  # or a slow machine's writes become tasks, which others may overtake
+    monkeypatch.setattr(pace, "STALL_SECONDS", 60)  # or a slow machine's writes become tasks, which others may overtake
     serve(daemon, tmp_path, (kind, Kind.SHARED), below=b"b" * SIZE)
     with daemon.client(mode=mode) as client:
         for number in range(64):

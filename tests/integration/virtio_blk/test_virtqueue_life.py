@@ -294,7 +294,7 @@ def test_what_was_stopped_for_writing_too_slowly_goes_by_the_engine(daemon, tmp_
     with VirtioDisk(daemon, "f") as disk:
 
         async def throttle():
-            daemon.daemon.graph.find("f").storage.inline_writes_from = time.monotonic() + 60
+            daemon.daemon.graph.find("f").storage.pace.stop(time.monotonic() + 60)
 
         assert disk.run(Type.OUT, 0, b"\x01" * 4096)[0] == 0
         daemon.call(throttle)

@@ -5,25 +5,6 @@ from __future__ import annotations
 TURN_REQUESTS = 64
 """Requests that are served before others of the loop get a turn."""
 
-TURN_BYTES = 8 << 20
-"""Bytes that are moved before others get a turn."""
-
-PUT_COST = TURN_BYTES // 64
-"""What a write that its driver has to find a place for counts in a turn."""
-
-STALL_SECONDS = 0.005
-"""An inline write that takes longer because it slept was throttled by the kernel: writes then go by the engine for a
-while."""
-
-STALL_PENALTY = 20
-"""For so many times as long as the write took, they stay there."""
-
-MAX_IN_FLIGHT = 256
-"""Requests that may wait for the engine or a task; the kernel keeps the others."""
-
-MAX_IN_FLIGHT_BYTES = 64 << 20
-"""Their payload."""
-
 MAX_PIECES = 64
 """Places that one reply is gathered from; a read that is more scattered is a task."""
 
@@ -53,6 +34,3 @@ RELEASE_SECONDS = 5.0
 
 SETTLE_SECONDS = 0.25
 """How long the kernel may take to tell that a file was closed, before a safe removal is refused."""
-
-COMPLAINT_SECONDS = 1.0
-"""One log line about failed requests in this time."""

@@ -27,15 +27,14 @@ from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from blkferry.errors import Error
+from blkferry.exports.complaints import Complaints
 from blkferry.exports.fuse import turn
 from blkferry.exports.fuse.limits import (
-    COMPLAINT_SECONDS,
     COPY_BELOW,
     INTERRUPT_SECONDS,
-    MAX_IN_FLIGHT,
-    MAX_IN_FLIGHT_BYTES,
 )
 from blkferry.exports.fuse.passthrough import Passthrough
+from blkferry.exports.limits import MAX_IN_FLIGHT, MAX_IN_FLIGHT_BYTES
 from blkferry.plane.buffers import Buffer
 from blkferry.plane.drain import InFlight
 from blkferry.wire.fuse import replies
@@ -108,8 +107,7 @@ class Session:
         self._prompt = False
         self._polled_in_vain = False
         self._turn_ended = 0.0
-        self._quiet_until = 0.0
-        self._unsaid = 0
+        self._complaints = Complaints(log)
         self.closed = False
         self._unmounted = False
         self.answer = bytearray(OUT_HEADER.size)
@@ -328,14 +326,8 @@ class Session:
         self.reply(replies.failure(unique, error.errno or errno.EIO))
 
     def complain(self, text: str) -> None:
-        """Log that a request failed, at most once a second: a full disk fails thousands of them."""
-        now = time.monotonic()
-        if now < self._quiet_until:
-            self._unsaid += 1
-            return
-        more = f" (and {self._unsaid} failures before it)" if self._unsaid else ""
-        log.warning("%s: %s%s", self.root.describe(), text, more)
-        self._quiet_until, self._unsaid = now + COMPLAINT_SECONDS, 0
+        """A request failed: say so in the log, unless there is too much of it."""
+        self._complaints.add(self.root.describe(), text)
 
     def attributes_changed(self) -> None:
         """Tell the kernel that the file is not as long as it was."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 import errno
 import os
 import time
-from functools import partial
 from typing import TYPE_CHECKING
 
 from blkferry.exports.fuse.limits import MAX_PIECES, MAX_SIZE
+from blkferry.exports.gathering import gather
 from blkferry.plane.buffers import Buffer
 from blkferry.plane.window import REGION_BITS
 from blkferry.wire.fuse.init import MAX_WRITE
@@ -92,41 +92,21 @@ def _cached(session: Session, lane: Lane, place: int, length: int, at: int) -> m
 
 def _gather(session: Session, unique: int, offset: int, size: int, stretches: list[Stretch]) -> bool:
     """Read all pieces at once by the engine; False when they are too many or not aligned."""
-    parts = [(lane.storage, delta, start, end) for lane, delta, start, end in stretches if lane is not None]
-    if not 0 < len(parts) <= MAX_PIECES:
-        return False
-    for storage, delta, start, end in parts:
-        if storage.direct and (start - offset | start + delta | end - start) % storage.alignment:
-            return False
-    buffer = session.services.buffers.acquire(size)
-    session.begin(size)
-    left, failed, is_short = len(parts), 0, False
 
-    def have_read(wanted: int, result: int) -> None:
-        nonlocal left, failed, is_short
-        if result < 0:
-            failed = -result
-        elif result < wanted:
-            is_short = True
-        left -= 1
-        if left:
-            return
-        if failed:
-            session.fail(unique, OSError(failed, os.strerror(failed)), "reading")
-        elif is_short:  # the end of the file: the task knows what may be zero there and what may not
-            session.spawn(unique, _read(session, unique, offset, size), size)
-        else:
+    def done(buffer: Buffer, result: int) -> None:
+        if result == size:
             session.sent += size
             session.reply(OUT_HEADER.pack(OUT_HEADER.size + size, 0, unique), buffer.view[:size])
+        elif result < 0:
+            session.fail(unique, OSError(-result, os.strerror(-result)), "reading")
+        else:  # the end of the file: the task knows what may be zero there and what may not
+            session.spawn(unique, _read(session, unique, offset, size), size)
         buffer.release()
         session.finished(size)
 
-    if len(parts) < len(stretches):
-        for lane, _, start, end in stretches:
-            if lane is None:
-                buffer.view[start - offset : end - offset] = bytes(end - start)
-    for storage, delta, start, end in parts:
-        storage.read(buffer, start - offset, end - start, start + delta, partial(have_read, end - start))
+    if not gather(session.services, stretches, MAX_PIECES, done):
+        return False
+    session.begin(size)
     return True
 
 
@@ -186,10 +166,7 @@ def _grow_now(session: Session, end: int) -> bool:
 
 
 def _write_now(session: Session, offset: int, size: int) -> bool:
-    places = session.places
-    whole = places.look()
-    throttled = places if whole is None or whole[0] is None else whole[0].storage
-    if time.monotonic() < throttled.inline_writes_from:
+    if not session.places.pace.begin(time.monotonic()):
         return False
     return session.root.write_now(offset, session.data[:size])
 
@@ -199,13 +176,10 @@ def _write(session: Session, unique: int, offset: int, size: int) -> None:
     root = session.root
     buffer, start = session.keep_data(size)
     spot = session.places.in_place(offset, size)
-    if spot is None or (root.writethrough and root.node.flush_target() is not spot[0]):
+    if spot is None or not session.places.is_plain_write(*spot, size, fua=root.writethrough):
         session.spawn(unique, _write_all(session, unique, offset, size, buffer, start), size)
         return
     storage, place = spot
-    if storage.alignment > 1 and ((place | size) % storage.alignment or not storage.write_shortcut):
-        session.spawn(unique, _write_all(session, unique, offset, size, buffer, start), size)
-        return
     session.begin(size)
 
     def written(result: int) -> None:

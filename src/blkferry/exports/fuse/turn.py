@@ -11,13 +11,14 @@ file is not one piece. Every request is answered before the next is received, so
 from __future__ import annotations
 
 import os
-import resource
 import time
 from typing import TYPE_CHECKING
 
 from blkferry.exports.fuse import operations, transfers
-from blkferry.exports.fuse.limits import PUT_COST, STALL_PENALTY, STALL_SECONDS, TURN_BYTES, TURN_REQUESTS
+from blkferry.exports.fuse.limits import TURN_REQUESTS
+from blkferry.exports.limits import PUT_COST, TURN_BYTES
 from blkferry.graph import access
+from blkferry.plane.pace import STALL_SECONDS
 from blkferry.plane.services import MAX_SLOTS, SCRATCH_OUT
 from blkferry.plane.window import REGION_BITS
 from blkferry.wire.fuse.constants import ROOT_ID, Opcode
@@ -27,15 +28,9 @@ from blkferry.wire.fuse.requests import HEAD, READ_SIZE
 if TYPE_CHECKING:
     from blkferry.exports.fuse.session import Session
     from blkferry.exports.places import Lane, Places
-    from blkferry.plane.storage import Storage
 
 _READ, _WRITE = int(Opcode.READ), int(Opcode.WRITE)
 _OUT, _WRITTEN = OUT_HEADER.size, WRITE_REPLY.size
-
-
-def _sleeps() -> int:
-    """How often this thread has given the processor up to wait for something."""
-    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
 
 
 def serve(session: Session) -> None:
@@ -54,11 +49,11 @@ def serve(session: Session) -> None:
     scratch = services.scratch_view
     budget, left = TURN_BYTES, TURN_REQUESTS
     read_end = write_end = hot_end = delta = map_end = inline_flags = hot = size = bits = mark_bits = slot_size = 0
-    fd = sleeps = -1
+    fd = -1
     pieces = put = marked = marking = window = None
     slot: tuple[memoryview] = (scratch,)
     current: Lane | Places | None = places
-    throttled: Storage | Places = places
+    pace = places.own_pace
     vector, room, data = session.vector, session.room, session.data
     stale = True
     while left and budget > 0:
@@ -83,13 +78,13 @@ def serve(session: Session) -> None:
                 lane, delta, _, read_end, write_end = whole
                 assert lane is not None
                 storage, fd, inline_flags, marks, mapped, map_end, hot, window = lane.ready(now)
-                throttled = storage
+                pace = storage.pace
                 hot_end = min(map_end - delta, read_end)
-                if storage.direct or root.writethrough or now < storage.inline_writes_from:
+                if storage.direct or root.writethrough or (now < pace.careful_until and not pace.begin(now)):
                     write_end = 0
             else:
-                pieces, bits, current, throttled = places.granules, places.bits, places, places
-                if places.may_write and not root.writethrough and now >= places.inline_writes_from:
+                pieces, bits, current, pace = places.granules, places.bits, places, places.own_pace
+                if places.may_write and not root.writethrough and (now >= pace.careful_until or pace.begin(now)):
                     put = access.write_now
             marking = places.marking
             if marking is not None:
@@ -160,8 +155,7 @@ def serve(session: Session) -> None:
                 if lane is not None and lane is not current:
                     current = lane
                     storage, fd, inline_flags, marks, mapped, map_end, hot, window = lane.ready(places.turn)
-            if sleeps < 0:
-                sleeps = _sleeps()
+            began = monotonic()
             if end <= write_end and count:
                 if marking is not None:
                     stretch = offset >> mark_bits
@@ -171,7 +165,6 @@ def serve(session: Session) -> None:
                         marked[stretch >> 3] |= 1 << (stretch & 7)
                 storage.dirty += 1  # before it is answered: a flush may follow in this very turn
                 place, view = offset + delta, data[:count]
-                began = monotonic()
                 try:
                     done = pwritev(fd, (view,), place)
                     while done < count:
@@ -187,7 +180,6 @@ def serve(session: Session) -> None:
                         session.reply_failed(error)
                     session.received += count
             elif put is not None and end <= size and count:
-                began = monotonic()
                 done_now = True
                 try:
                     done_now = put(root.node, offset, data[:count])
@@ -209,9 +201,8 @@ def serve(session: Session) -> None:
                 began = monotonic()
                 stale = True
             budget -= count
-            stalled = monotonic() - began
-            if stalled > STALL_SECONDS and _sleeps() > sleeps:  # else others had the processor meanwhile
-                throttled.inline_writes_from = began + stalled + STALL_PENALTY * stalled
+            if monotonic() - began > STALL_SECONDS:
+                pace.end(began, 0)
                 stale = True
             if not stale:
                 continue

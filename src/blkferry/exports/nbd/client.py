@@ -28,13 +28,12 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
+from blkferry.exports.complaints import Complaints
+from blkferry.exports.limits import MAX_IN_FLIGHT, MAX_IN_FLIGHT_BYTES
 from blkferry.exports.nbd import slow, turn
 from blkferry.exports.nbd.limits import (
-    COMPLAINT_SECONDS,
     FEW,
     GATHER_SECONDS,
-    MAX_IN_FLIGHT,
-    MAX_IN_FLIGHT_BYTES,
     MAX_RECEIVES,
 )
 from blkferry.exports.nbd.requests import Payload, with_whole_payload
@@ -94,8 +93,7 @@ class NbdClient:
         self._prompt = False
         self._polled_in_vain = False
         self._turn_ended = 0.0
-        self._quiet_until = 0.0
-        self._unsaid = 0
+        self._complaints = Complaints(log)
         self._moving: bytes | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._in_flight_bytes = 0
@@ -354,16 +352,8 @@ class NbdClient:
         return wire.check(request, size=self.size, read_only=self.read_only, mode=self.mode, selected=self.selected)
 
     def complain(self, text: str) -> None:
-        """Log that a request failed, at most once a second: a full disk fails thousands of them."""
-        now = self.services.loop.time()
-        if now < self._quiet_until:
-            self._unsaid += 1
-            return
-        log.warning("%s: export '%s': %s%s", self.peer, self.export.name, text, self._more_failures())
-        self._quiet_until, self._unsaid = now + COMPLAINT_SECONDS, 0
-
-    def _more_failures(self) -> str:
-        return f" (and {self._unsaid} failures before it)" if self._unsaid else ""
+        """A request failed: say so in the log, unless there is too much of it."""
+        self._complaints.add(f"{self.peer}: export '{self.export.name}'", text)
 
     def queue(self, data: bytes | memoryview, buffer: Buffer | None = None) -> None:
         """Send a reply that is ready outside of a turn, together with the others of its batch."""

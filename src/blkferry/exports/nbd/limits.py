@@ -5,29 +5,7 @@ from __future__ import annotations
 SENDFILE_FROM = 32 << 10
 """Reads of at least this many bytes are sent from the page cache; below it one copy is cheaper than two more calls."""
 
-TURN_BYTES = 8 << 20
-"""What one client may read in a turn, so that it does not starve the others of its loop."""
-
-PUT_COST = TURN_BYTES // 64
-"""What a write that its driver has to find a place for counts in a turn: it takes as long as reading that much."""
-
-STALL_SECONDS = 0.005
-"""A turn with inline writes that takes longer was throttled by the kernel: writes then go by the engine for a while."""
-
-WRITE_SECONDS = 100e-6
-"""What one write may take besides: a turn with many of them is not one that stalled."""
-
-STALL_PENALTY = 20
-"""For so many times as long as a turn stalled, writes go to the engine: a process that was merely off the processor for
-a few milliseconds hardly notices, one that the kernel makes wait (up to 200 ms a time) stays away for seconds."""
-
 ZEROES = memoryview(bytes(SENDFILE_FROM))
-
-MAX_IN_FLIGHT = 256
-"""Requests of one client that may wait for the engine or a task."""
-
-MAX_IN_FLIGHT_BYTES = 64 << 20
-"""Their payload: two of the largest requests."""
 
 MAX_READ_PIECES = 64
 """Chunks of one sparse read; a read that is more fragmented comes as one chunk of data."""
@@ -41,9 +19,6 @@ MAX_STATUS_LOOKS = 16
 
 MAX_ENGINE_PIECES = 32
 """Places that a read which is not in the page cache is gathered from at once; one that is more scattered is a task."""
-
-COMPLAINT_SECONDS = 1.0
-"""One log line about failed requests of a client in this time."""
 
 MAX_MAPPED = 256
 """Replies sent straight from the mapped file by one call: two pieces each, of the 1024 that the kernel takes."""

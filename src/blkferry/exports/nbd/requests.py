@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import os
 import time
-from functools import partial
 from typing import TYPE_CHECKING
 
+from blkferry.exports.gathering import gather
 from blkferry.exports.nbd import later, slow
 from blkferry.exports.nbd.limits import (
     MAX_ENGINE_PIECES,
     MAX_READ_PIECES,
     SENDFILE_FROM,
-    STALL_PENALTY,
-    STALL_SECONDS,
     ZEROES,
 )
 from blkferry.graph import access
@@ -140,9 +138,9 @@ def _write_now(client: NbdClient, request: wire.Request, buffer: Buffer) -> bool
     places, root = client.places, client.root
     whole = places.look()
     storage = whole[0].storage if whole is not None and whole[0] is not None else None
-    throttled = places if storage is None else storage
-    now = time.monotonic()
-    if not places.may_write or request.flags & _FUA or root.writethrough or now < throttled.inline_writes_from:
+    pace = places.pace
+    began = time.monotonic()
+    if not places.may_write or request.flags & _FUA or root.writethrough or not pace.begin(began):
         return False
     view = buffer.view[: request.length]
     try:
@@ -160,9 +158,7 @@ def _write_now(client: NbdClient, request: wire.Request, buffer: Buffer) -> bool
         reply = wire.success_reply(client.mode, request)
     buffer.release()
     client.outbox.send(memoryview(reply))
-    after = time.monotonic()
-    if after - now > STALL_SECONDS:
-        throttled.inline_writes_from = after + STALL_PENALTY * (after - now)
+    pace.end(began, 1)
     return True
 
 
@@ -173,13 +169,10 @@ def _write(client: NbdClient, request: wire.Request, buffer: Buffer) -> None:
     spot = client.places.in_place(request.offset, length)
     if spot is None and not fua and later.write(client, request, buffer):
         return
-    if spot is None or (fua and client.root.node.flush_target() is not spot[0]):
+    if spot is None or not client.places.is_plain_write(*spot, length, fua=fua):
         client.spawn(slow.write(client, request, buffer), length)
         return
     storage, place = spot
-    if storage.alignment > 1 and ((place | length) % storage.alignment or not storage.write_shortcut):
-        client.spawn(slow.write(client, request, buffer), length)
-        return
     client.begin(length)
 
     def written(result: int) -> None:
@@ -237,48 +230,23 @@ def _send_small(client: NbdClient, request: wire.Request, stretches: list[Stretc
 
 def _gather(client: NbdClient, request: wire.Request, stretches: list[Stretch]) -> bool:
     """Read all pieces at once by the engine; False when they are too many or not aligned."""
-    offset, length = request.offset, request.length
-    parts = [stretch for stretch in stretches if stretch[0] is not None]
-    for lane, delta, start, end in parts:
-        assert lane is not None
-        if lane.storage.direct and (start - offset | start + delta | end - start) % lane.storage.alignment:
-            return False
-    if not 0 < len(parts) <= MAX_ENGINE_PIECES:
-        return False
-    buffer = client.services.buffers.acquire(length)
-    client.begin(length)
-    left = len(parts)
-    failure = 0
-    is_short = False
+    length = request.length
 
-    def have_read(wanted: int, result: int) -> None:
-        nonlocal left, failure, is_short
-        if result < 0:
-            failure = result
-        elif result < wanted:
-            is_short = True
-        left -= 1
-        if left:
-            return
-        if not failure and not is_short:
+    def done(buffer: Buffer, result: int) -> None:
+        if result == length:
             _answer_read(client, request, buffer)
             client.finished(None, 0, length)
             return
         buffer.release()
-        if failure:
-            client.finished(request, failure, length)
+        if result < 0:
+            client.finished(request, result, length)
         else:  # the end of the file: the task knows what may be zero there and what may not
             client.spawn(slow.execute(client, request), length)
             client.finished(None, 0, length)
 
-    if len(parts) < len(stretches):
-        for lane, _, start, end in stretches:
-            if lane is None:
-                buffer.view[start - offset : end - offset] = bytes(end - start)
-    for lane, delta, start, end in parts:
-        assert lane is not None
-        count = end - start
-        lane.storage.read(buffer, start - offset, count, start + delta, partial(have_read, count))
+    if not gather(client.services, stretches, MAX_ENGINE_PIECES, done):
+        return False
+    client.begin(length)
     return True
 
 

@@ -15,16 +15,12 @@ import os
 import time
 from typing import TYPE_CHECKING
 
+from blkferry.exports.limits import PUT_COST, TURN_BYTES
 from blkferry.exports.nbd import later, requests
 from blkferry.exports.nbd.limits import (
     MAX_MAPPED,
     MAX_PLAIN_READ,
-    PUT_COST,
     SENDFILE_FROM,
-    STALL_PENALTY,
-    STALL_SECONDS,
-    TURN_BYTES,
-    WRITE_SECONDS,
     ZEROES,
 )
 from blkferry.exports.places import DRIVEN, NOWHERE
@@ -56,24 +52,24 @@ def serve(client: NbdClient, data: memoryview, end: int) -> int:
     window = pieces = put = marking = marked = None
     begins_writes = False
     current: Lane | Places | None = places  # neither a lane nor none
-    throttled: Storage | Places = places
     started = places.turn = time.monotonic()
     whole = places.look()
     if whole is not None:
         lane, delta, _, read_end, write_end = whole
         assert lane is not None
-        throttled = lane.storage
         storage, fd, inline_flags, marks, mapped, map_end, hot, window = lane.ready(started)
         replies.storages[:] = [(0, storage)]
         hot_end = min(map_end - delta, read_end)
-        if storage.direct or root.writethrough or started < storage.inline_writes_from:
+        pace = storage.pace
+        if storage.direct or root.writethrough or (started < pace.careful_until and not pace.begin(started)):
             write_end = 0
     else:
         replies.storages.clear()
         if client.outbox.lends:
             client.outbox.settle()
         pieces, bits, size, node = places.granules, places.bits, places.size, root.node
-        if places.may_write and not root.writethrough and started >= places.inline_writes_from:
+        pace = places.own_pace
+        if places.may_write and not root.writethrough and (started >= pace.careful_until or pace.begin(started)):
             put = access.write_now
         begins_writes = places.opaque and not client.read_only
     marking = places.marking
@@ -294,10 +290,7 @@ def serve(client: NbdClient, data: memoryview, end: int) -> int:
     replies.send(begun, filled)
     requests_served = (pos - written - carried) // header
     if written:
-        now = time.monotonic()
-        stalled = now - started
-        if stalled > STALL_SECONDS + requests_served * WRITE_SECONDS:
-            throttled.inline_writes_from = now + STALL_PENALTY * stalled
+        pace.end(started, requests_served)
     client.requests += requests_served
     client.turn_over(data[pos:end], more=end - pos >= header)
     return requests_served if straight and (not written or requests_served == 1) else 0

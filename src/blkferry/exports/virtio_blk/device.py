@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 from typing import Final
 
 from blkferry.errors import Error, ErrorKind
+from blkferry.exports.complaints import Complaints
 from blkferry.exports.places import Places
-from blkferry.exports.virtio_blk.limits import BLOCK_SIZES, COMPLAINT_SECONDS, MAX_QUEUES, MAX_REMAP_SECTORS
+from blkferry.exports.virtio_blk.limits import BLOCK_SIZES, MAX_QUEUES, MAX_REMAP_SECTORS
 from blkferry.graph.root import Root
 from blkferry.units import SECTOR, align_down
 from blkferry.wire.virtio import features as virtio
@@ -71,8 +71,7 @@ class Device:
         self.lost_writes = False
         """Whether writes may be lost that were answered and not flushed, which the next flush has to tell."""
         self._writethrough = root.writethrough  # what the export was told, for as long as the driver says nothing
-        self._quiet_until = 0.0
-        self._unsaid = 0
+        self._complaints = Complaints(log)
 
     # What the driver sees --------------------------------------------------------------------------------------
 
@@ -139,14 +138,8 @@ class Device:
         self.places.drop()
 
     def complain(self, text: str) -> None:
-        """Log that a request failed, at most once a second: a full disk fails thousands of them."""
-        now = time.monotonic()
-        if now < self._quiet_until:
-            self._unsaid += 1
-            return
-        more = f" (and {self._unsaid} failures before it)" if self._unsaid else ""
-        log.warning("%s: %s%s", self.name, text, more)
-        self._quiet_until, self._unsaid = now + COMPLAINT_SECONDS, 0
+        """A request failed: say so in the log, unless there is too much of it."""
+        self._complaints.add(self.name, text)
 
 
 def check_queues(queues: int) -> None:

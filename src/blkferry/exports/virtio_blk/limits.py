@@ -25,18 +25,6 @@ TURN_SECONDS: Final = 1e-3
 MAX_INLINE: Final = 2 << 20
 """A request for more is a task, done piece by piece: moving a gigabyte from within a turn would hold everybody up."""
 
-STALL_SECONDS: Final = 0.005
-"""A turn with inline writes that takes longer was throttled by the kernel: writes then go by the engine for a while."""
-
-WRITE_SECONDS: Final = 100e-6
-"""What one write may take besides: a turn with many of them is not one that stalled."""
-
-STALL_PENALTY: Final = 20
-"""For so many times as long as a turn stalled, writes go to the engine."""
-
-COMPLAINT_SECONDS: Final = 1.0
-"""One log line about failed requests of a device in this time."""
-
 FILL_BELOW: Final = 32 << 10
 """Smaller writes are worth finding a place for that will be overwritten again."""
 

@@ -180,9 +180,7 @@ def _write(queue: Queue, request: Request, *, inline: bool) -> None:
             return
         # It was cut short, by a limit or a full disk: doing all of it again says why.
     fua = root.writethrough
-    if (fua and root.node.flush_target() is not storage) or (
-        storage.alignment > 1 and ((place | length) % storage.alignment or not storage.write_shortcut)
-    ):
+    if not device.places.is_plain_write(storage, place, length, fua=fua):
         queue.spawn(request, slow.write(queue, request, offset))
         return
 

@@ -23,9 +23,6 @@ from blkferry.exports.virtio_blk.limits import (
     FILL_BELOW,
     MAX_COPY,
     MAX_INLINE,
-    STALL_PENALTY,
-    STALL_SECONDS,
-    WRITE_SECONDS,
     ZEROES,
 )
 from blkferry.exports.virtio_blk.request import Malformed, Request
@@ -51,18 +48,14 @@ def serve(queue: Queue) -> int:
     """Execute what is available, `BATCH` at most; returns how many. Raises RingError."""
     ring, places = queue.ring, queue.device.places
     started = places.turn = time.monotonic()
-    whole = places.look()
-    throttled = places if whole is None or whole[0] is None else whole[0].storage
-    inline_writes = not queue.device.root.writethrough and started >= throttled.inline_writes_from
+    pace = places.pace
+    inline_writes = not queue.device.root.writethrough and (started >= pace.careful_until or pace.begin(started))
     if isinstance(ring, SplitRing) and queue.memory.log is None:
         count = _straight(queue, ring, inline_writes=inline_writes)
     else:
         count = _any(queue, inline_writes=inline_writes)
     if inline_writes:
-        now = time.monotonic()
-        stalled = now - started
-        if stalled > STALL_SECONDS + count * WRITE_SECONDS:
-            throttled.inline_writes_from = now + STALL_PENALTY * stalled
+        pace.end(started, count)
     return count
 
 
