@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import stat
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from blkferry.errors import Error, ErrorKind
-from blkferry.exports.vduse_blk import runtime
+from blkferry.exports.vduse_blk import reconnect, runtime
 from blkferry.exports.vduse_blk.reconnect import QueueLog, ReconnectLog, region_size
 
 ENTRIES = 8
@@ -24,33 +28,75 @@ def fresh() -> tuple[bytearray, QueueLog]:
     return region, log
 
 
+def at_every_line(region: bytearray, call: Callable[[], object]) -> list[bytes]:
+    """What the region holds before each line of the log's code, and after the last one."""
+    found: list[bytes] = []
+
+    def trace(frame: FrameType, event: str, _argument: object) -> Any:
+        if frame.f_code.co_filename == reconnect.__file__:
+            if event == "line":
+                found.append(bytes(region))
+            return trace
+        return None
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    assert found
+    return [*found, bytes(region)]
+
+
+def in_flight(region: bytes, used_index: int) -> list[int]:
+    """What the next daemon finds, and the one after it, should that die as soon as it has looked."""
+    copy = bytearray(region)
+    found = []
+    for _ in range(2):
+        log = QueueLog(memoryview(copy), ENTRIES)
+        assert log.sound
+        count = log.recover(used_index)
+        found.append([head for head, _ in log.pending()])
+        assert count == len(found[-1])
+        assert log.pending() == []
+    assert found[0] == found[1]
+    return found[0]
+
+
 @given(st.data())
-def test_whenever_a_daemon_dies_the_log_knows_what_it_had_taken_and_not_shown(data):
-    """The used ring's index is stored between `end` and `published`: a crash may come before or after that."""
+def test_wherever_a_daemon_dies_the_log_knows_what_it_had_taken_and_not_shown(data):
+    """The used ring's index is stored between `end` and `published`."""
     region, log = fresh()
     taken: list[int] = []  # in their order
+    began: list[int] = []
     used_index = 65530
     log.recover(used_index)
     for _ in range(data.draw(st.integers(0, 30))):
         free = sorted(set(range(ENTRIES)) - set(taken))
-        if free and data.draw(st.booleans()):
-            heads = data.draw(st.permutations(free))[: data.draw(st.integers(1, len(free)))]
-            log.begin(heads)
-            taken += heads
-        elif taken:
+        what = data.draw(st.sampled_from(["begin", "end", "end what began last", "die"]))
+        if what == "begin" and free:
+            began = data.draw(st.permutations(free))[: data.draw(st.integers(1, len(free)))]
+            for state in at_every_line(region, lambda: log.begin(began)):  # noqa: B023 - it is called here
+                assert in_flight(state, used_index) in (taken, taken + began)
+            taken += began
+        elif what.startswith("end") and taken:
             done = data.draw(st.permutations(taken))[: data.draw(st.integers(1, len(taken)))]
-            log.end(done)
-            if data.draw(st.booleans()):
-                used_index = (used_index + len(done)) & 0xFFFF
-                taken = [head for head in taken if head not in done]
-                if data.draw(st.booleans()):
-                    log.published(used_index)
-                    continue
+            if what == "end what began last" and set(began) <= set(taken):
+                done = list(began)
+            for state in at_every_line(region, lambda: log.end(done)):  # noqa: B023
+                assert in_flight(state, used_index) == taken
+            taken = [head for head in taken if head not in done]
+            used_index = (used_index + len(done)) & 0xFFFF
+            for state in at_every_line(region, lambda: log.published(used_index)):  # noqa: B023
+                assert in_flight(state, used_index) == taken
+        elif what == "die":
             log = QueueLog(memoryview(region), ENTRIES)
-            assert log.sound
-            assert log.recover(used_index) == len(taken)
+            for state in at_every_line(region, lambda: log.recover(used_index)):  # noqa: B023
+                assert in_flight(state, used_index) == taken
             assert log.pending() == [(head, ()) for head in taken]
-            assert log.pending() == []
+            began = []
+        assert in_flight(region, used_index) == taken
 
 
 @given(st.binary(min_size=region_size(ENTRIES), max_size=region_size(ENTRIES)), st.integers(0, 0xFFFF))

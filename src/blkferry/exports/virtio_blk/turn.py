@@ -37,8 +37,14 @@ if TYPE_CHECKING:
     from blkferry.exports.virtio_blk.queue import Queue
     from blkferry.plane.storage import Storage
 
-_TABLE: Final = Struct("<QIHHQIHHQIHH")
-"""Three descriptors side by side."""
+_TABLE: Final = Struct("<QQQIHHQIH2x")
+"""Three descriptors side by side, of which the first, but for its address, is one number, and the last has no next."""
+
+_HEADER_SHAPE: Final = HEADER.size | NEXT << 32 | 1 << 48
+"""That number: a header's length, its flags, and that the second descriptor is the next one."""
+
+_HEADER: Final = Struct("<I4xQ")
+"""Type and sector (section 5.2.6)."""
 
 _IN, _OUT = int(Type.IN), int(Type.OUT)
 _IN_FLAGS, _OUT_FLAGS = NEXT | WRITE, NEXT
@@ -119,10 +125,11 @@ def _straight(queue: Queue, ring: SplitRing, *, inline_writes: bool) -> int:
     table, size, indirect = ring.descriptors, ring.size, ring.indirect
     unaligned = device.block_size - 1
     used_ring, used, mask = ring.device, ring.next_used, ring.size - 1
+    bytes_read = bytes_written = 0
     unpack, unpack_table, unpack_header, pack_used = (
         DESCRIPTOR.unpack_from,
         _TABLE.unpack_from,
-        HEADER.unpack_from,
+        _HEADER.unpack_from,
         USED_ELEM.pack_into,
     )
     preadv, pwritev, put = os.preadv, os.pwritev, queue.put_heads
@@ -136,13 +143,11 @@ def _straight(queue: Queue, ring: SplitRing, *, inline_writes: bool) -> int:
             if not base <= at < limit:
                 home = base, limit, view, _ = memory.locate(at)
             if flags == INDIRECT and length == 48 and indirect and base <= at <= limit - 48:
-                at, length, flags, after, data, count, data_flags, third, status, one, last, _ = unpack_table(
-                    view, at - base
-                )
-                straight = flags == NEXT and after == 1 and third == 2
+                at, shape, data, count, data_flags, after, status, one, last = unpack_table(view, at - base)
+                straight = shape == _HEADER_SHAPE and after == 2
                 if not base <= at < limit:
                     home = base, limit, view, _ = memory.locate(at)
-            elif flags == NEXT and after < size:
+            elif flags == NEXT and after < size and length == 16:
                 data, count, data_flags, after = unpack(table, after << 4)
                 if after < size:
                     status, one, last, _ = unpack(table, after << 4)
@@ -151,8 +156,7 @@ def _straight(queue: Queue, ring: SplitRing, *, inline_writes: bool) -> int:
                 if not data_base <= data < data_limit:
                     data_home = data_base, data_limit, data_view, _ = memory.locate(data)
                 straight = (
-                    length == 16
-                    and one == 1
+                    one == 1
                     and last == WRITE
                     and base <= at <= limit - 16
                     and base <= status < limit
@@ -160,8 +164,9 @@ def _straight(queue: Queue, ring: SplitRing, *, inline_writes: bool) -> int:
                     and data + count <= data_limit
                 )
         if straight:
-            kind, _, sector = unpack_header(view, at - base)
+            kind, sector = unpack_header(view, at - base)
             offset = sector << 9
+            stop = offset + count
             if pieces is not None:
                 piece = pieces.get(offset >> bits)
                 if piece is None:
@@ -178,8 +183,8 @@ def _straight(queue: Queue, ring: SplitRing, *, inline_writes: bool) -> int:
                     storage, fd, inline_flags, marks, _, map_end, hot, window = lane.ready(now)
                     mapped = window.copies if window is not None else ZEROES
                     map_end = min(map_end, len(mapped)) if window is not None else 0
-                if kind == _IN and offset + count > read_end and read_end:
-                    read_end = places.reach(piece, offset + count)
+                if kind == _IN and stop > read_end and read_end:
+                    read_end = places.reach(piece, stop)
                     bits = places.bits
                 hot_end = map_end - delta if map_end else 0
                 if not inline_writes or (lane is not None and lane.storage.direct):
@@ -189,14 +194,13 @@ def _straight(queue: Queue, ring: SplitRing, *, inline_writes: bool) -> int:
                 and data_flags == _IN_FLAGS
                 and 0 < count <= MAX_INLINE
                 and not (count & 511 or offset & unaligned)
-                and not memory.lost  # the sector may be zeroes that took its place
             ):
                 start = data - data_base
-                if offset + count <= read_end:
+                if stop <= read_end:
                     place = offset + delta
                     end = place + count
                     done = False
-                    if offset + count <= hot_end and count <= MAX_COPY:
+                    if stop <= hot_end and count <= MAX_COPY:
                         region = place >> REGION_BITS
                         if marks[region] == hot and (end - 1) >> REGION_BITS == region:
                             data_view[start : start + count] = mapped[place:end]
@@ -214,20 +218,20 @@ def _straight(queue: Queue, ring: SplitRing, *, inline_writes: bool) -> int:
                     if done:
                         view[status - base] = 0
                         pack_used(used_ring, 4 + ((used & mask) << 3), head, count + 1)
-                        queue.bytes_read += count
+                        bytes_read += count
                         used = used + 1 & 0xFFFF
                         if inflight is not None:
                             put.append(head)
                         continue
-                if offset + count <= data_end:
+                if stop <= data_end:
                     transfer = Transfer(queue, ring, head, home, status, data, count, is_read=True)
                     if transfer.read(storage, offset + delta, data_home):
                         continue
-                elif pieces is not None and lane is None and offset + count <= piece_end and count <= len(ZEROES):
+                elif pieces is not None and lane is None and stop <= piece_end and count <= len(ZEROES):
                     data_view[start : start + count] = ZEROES[:count]
                     view[status - base] = 0
                     pack_used(used_ring, 4 + ((used & mask) << 3), head, count + 1)
-                    queue.bytes_read += count
+                    bytes_read += count
                     used = used + 1 & 0xFFFF
                     if inflight is not None:
                         put.append(head)
@@ -235,14 +239,14 @@ def _straight(queue: Queue, ring: SplitRing, *, inline_writes: bool) -> int:
             elif (
                 kind == _OUT
                 and data_flags == _OUT_FLAGS
-                and offset + count <= later_end
+                and stop <= later_end
                 and 0 < count <= MAX_INLINE
                 and not (count & 511 or offset & unaligned)
                 and not memory.lost  # the sector may be zeroes that took its place
             ):
                 if marking is not None:
                     stretch = offset >> mark_bits
-                    if marked is None or offset + count > stretch + 1 << mark_bits:
+                    if marked is None or stop > stretch + 1 << mark_bits:
                         marking.mark(offset, count)
                     else:
                         marked[stretch >> 3] |= 1 << (stretch & 7)
@@ -256,7 +260,7 @@ def _straight(queue: Queue, ring: SplitRing, *, inline_writes: bool) -> int:
                     if done:
                         view[status - base] = 0
                         pack_used(used_ring, 4 + ((used & mask) << 3), head, 1)
-                        queue.bytes_written += count
+                        bytes_written += count
                         used = used + 1 & 0xFFFF
                         if inflight is not None:
                             put.append(head)
@@ -273,5 +277,7 @@ def _straight(queue: Queue, ring: SplitRing, *, inline_writes: bool) -> int:
         if whole is not None and places.whole is not whole:
             data_end = read_end = later_end = 0  # what the node said of its place is void; the next turn asks again
     ring.next_used = used
+    queue.bytes_read += bytes_read
+    queue.bytes_written += bytes_written
     memory.home = home
     return len(heads)
