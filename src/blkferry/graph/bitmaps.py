@@ -221,11 +221,13 @@ class DirtyBitmaps(MutableMapping[str, DirtyBitmap]):
 
     def fit(self, size: int) -> None:
         """Be for a node of `size` bytes."""
+        changed = [bitmap for bitmap in self._bitmaps.values() if bitmap.size != size and not bitmap.inconsistent]
+        for bitmap in changed:
+            bitmap.take_over()  # the last granule of a bitmap may have been marked in one of the record's that goes
         if self.written is not None and self.written.size != size:
             self.written.resize(size)
-        for bitmap in self._bitmaps.values():
-            if bitmap.size != size and not bitmap.inconsistent:
-                bitmap.resize(size)
+        for bitmap in changed:
+            bitmap.resize(size)
 
 
 def find_bitmap(node: Node, name: str) -> DirtyBitmap:

@@ -123,6 +123,19 @@ def test_a_bitmap_tells_whether_it_has_changed_only_if_it_has():
     assert not bitmap.changed
 
 
+def test_a_granule_stays_dirty_though_what_was_written_of_it_is_cut_off():
+    """It may come back as zeroes: the node grows again, and whoever had copied it has something else."""
+    bitmaps = DirtyBitmaps()
+    bitmaps["coarse"] = DirtyBitmap("coarse", 1024, 10, enabled=True)
+    bitmaps["fine"] = DirtyBitmap("fine", 1024, 9, enabled=True)
+    assert bitmaps.written is not None
+    bitmaps.written.mark(512, 1024)
+    bitmaps.fit(512)
+    bitmaps.fit(1024)
+    assert bitmaps["coarse"].bits == b"\1"
+    assert bitmaps["fine"].bits == b"\0"
+
+
 def test_whoever_marks_in_a_record_himself_may_go_on_when_it_is_made_shorter_or_longer():
     bitmaps = DirtyBitmaps()
     bitmaps["b"] = DirtyBitmap("b", 1 << 20, 9, enabled=True)
