@@ -17,6 +17,8 @@ import struct
 import sys
 import time
 
+from complaints import Complaints
+
 from blkferry.testing.daemon import DaemonThread
 from blkferry.testing.fuse import Kernel
 from blkferry.wire.fuse.constants import ROOT_ID, UNANSWERED, Fattr, Opcode
@@ -31,17 +33,6 @@ TRANSFER, RANGE = struct.Struct("=QQIIQI4x"), struct.Struct("=QQQI4x")
 SETATTR = struct.Struct("=I4xQQQQQQIIII4xII4x")
 SILENT = {Opcode.DESTROY}
 MAX_REQUESTS = 30
-
-
-class Complaints(logging.Handler):
-    """What the daemon logs as an error is a fault of its own: a kernel cannot cause more than warnings."""
-
-    def __init__(self):
-        super().__init__(logging.ERROR)
-        self.texts = []
-
-    def emit(self, record):
-        self.texts.append(self.format(record))
 
 
 def message(opcode, unique, body=b"", nodeid=ROOT_ID, length=None):

@@ -17,6 +17,8 @@ import socket
 import sys
 import time
 
+from complaints import Complaints
+
 from blkferry.testing.daemon import DaemonThread
 from blkferry.testing.nbd import ConnectionEnded
 from blkferry.wire.nbd.constants import MAX_REQUEST, Cmd, CmdFlag, Errno, Mode
@@ -28,17 +30,6 @@ CORPUS = [
     (Mode[file.suffix[1:].upper()], file.read_bytes())
     for file in sorted((pathlib.Path(__file__).parent / "corpus" / "nbd_transmission").iterdir())
 ]
-
-
-class Complaints(logging.Handler):
-    """What the daemon logs as an error is a fault of its own: clients cannot cause more than warnings."""
-
-    def __init__(self):
-        super().__init__(logging.ERROR)
-        self.texts = []
-
-    def emit(self, record):
-        self.texts.append(self.format(record))
 
 
 def any_request(rng, mode, cookie):

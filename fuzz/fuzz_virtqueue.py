@@ -29,6 +29,8 @@ import struct
 import sys
 import time
 
+from complaints import Complaints
+
 from blkferry.testing.daemon import DaemonThread
 from blkferry.testing.virtio import INDIRECT, NEXT, WRITE, DriverMemory
 from blkferry.testing.virtio_device import FEATURES, VirtioDisk
@@ -41,17 +43,6 @@ PATIENCE = 10.0
 CORPUS = [file.read_text() for file in sorted((pathlib.Path(__file__).parent / "corpus" / "virtqueue").iterdir())]
 SCRIPTED = 1 << 20
 """Bytes of memory that a script has."""
-
-
-class Complaints(logging.Handler):
-    """What the daemon logs as an error is a fault of its own: drivers cannot cause more than warnings."""
-
-    def __init__(self):
-        super().__init__(logging.ERROR)
-        self.texts = []
-
-    def emit(self, record):
-        self.texts.append(self.format(record))
 
 
 def right_request(rng, disk):

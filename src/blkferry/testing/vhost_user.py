@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self, TypeVar
 
-from blkferry.testing.virtio import GUEST_START, BlockDriver, DriverMemory, RingDriver, Sent, ring_driver
+from blkferry.testing.virtio import GUEST_START, BlockDriver, DriverMemory, Requester, ring_driver
 from blkferry.wire.vhost_user import payloads as wire
 from blkferry.wire.vhost_user.constants import PROTOCOL_FEATURES, HeaderFlag, ProtocolFeature, Request
 from blkferry.wire.vhost_user.messages import HEADER, build
@@ -38,37 +37,14 @@ def user(guest_address: int) -> int:
     return guest_address - GUEST_START + USER_START
 
 
-class Vring:
+class Vring(Requester):
     """One ring of the front end, with its descriptors, and requests over it."""
 
     def __init__(self, index: int, memory: DriverMemory, size: int, features: int) -> None:
         self.index = index
-        self.ring: RingDriver = ring_driver(memory, size, features)
+        self.ring = ring_driver(memory, size, features)
         self.block = BlockDriver(self.ring)
         self.kick_fd, self.call_fd, self.err_fd = (os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(3))
-
-    def publish(self) -> None:
-        """Show what was added, and kick if the device wants that."""
-        if self.ring.publish():
-            os.eventfd_write(self.kick_fd, 1)
-
-    def wait(self, count: int = 1) -> list[Sent]:
-        """Collect so many requests that are done."""
-        done = self.block.collect()
-        while len(done) < count:
-            if not self.ring.arm():
-                if not select.select([self.call_fd], [], [], TIMEOUT)[0]:
-                    raise TimeoutError(f"{count - len(done)} requests are not answered")
-                os.eventfd_read(self.call_fd)
-            done += self.block.collect()
-        return done
-
-    def run(self, kind: int, sector: int = 0, data: bytes = b"", length: int = 0) -> tuple[int, bytes]:
-        """One request, to its end: status, and what was read."""
-        sent = self.block.add(kind, sector, data, length)
-        self.publish()
-        self.wait()
-        return self.block.status(sent), self.block.data(sent) if length else b""
 
     def close(self) -> None:
         for fd in (self.kick_fd, self.call_fd, self.err_fd):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import select
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -360,3 +361,38 @@ class BlockDriver:
 
     def data(self, sent: Sent) -> bytes:
         return self.ring.memory.read(sent.data, sent.length)
+
+
+class Requester:
+    """Sends block requests, kicking the device if it wants that, and sleeps for its notifications.
+
+    `ring` and `block` are the driver's side; -1 as `kick_fd` kicks nobody.
+    """
+
+    ring: RingDriver
+    block: BlockDriver
+    kick_fd: int
+    call_fd: int
+
+    def publish(self) -> None:
+        """Show what was added, and kick if the device wants that."""
+        if self.ring.publish() and self.kick_fd >= 0:
+            os.eventfd_write(self.kick_fd, 1)
+
+    def wait(self, count: int = 1, *, timeout: float = 10.0) -> list[Sent]:
+        """Collect `count` requests that are done; TimeoutError when one takes longer than `timeout` seconds."""
+        done = self.block.collect()
+        while len(done) < count:
+            if not self.ring.arm():
+                if not select.select([self.call_fd], [], [], timeout)[0]:
+                    raise TimeoutError(f"{count - len(done)} requests are not answered")
+                os.eventfd_read(self.call_fd)
+            done += self.block.collect()
+        return done
+
+    def run(self, kind: int, sector: int = 0, data: bytes = b"", length: int = 0) -> tuple[int, bytes]:
+        """One request, to its end: status, and what was read."""
+        sent = self.block.add(kind, sector, data, length)
+        self.publish()
+        self.wait()
+        return self.block.status(sent), self.block.data(sent) if length else b""

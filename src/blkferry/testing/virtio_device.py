@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -13,7 +12,7 @@ from blkferry.graph.permissions import ALL, NONE, Permission
 from blkferry.graph.root import Root
 from blkferry.plane.guarded import guarded_map
 from blkferry.testing.daemon import DaemonThread
-from blkferry.testing.virtio import BlockDriver, DriverMemory, Sent, ring_driver
+from blkferry.testing.virtio import BlockDriver, DriverMemory, Requester, ring_driver
 from blkferry.wire.virtio.chain import Inflight
 from blkferry.wire.virtio.features import Feature
 from blkferry.wire.virtio.memory import GuestMemory, Region
@@ -27,7 +26,7 @@ def whole(memory: DriverMemory, mapped: memoryview) -> list[Region]:
 FEATURES = int(Feature.VERSION_1 | Feature.INDIRECT_DESC | Feature.EVENT_IDX)
 
 
-class VirtioDisk:
+class VirtioDisk(Requester):
     """Node `node` of `daemon` as a device with one queue of `size`; the test is its driver. A context manager.
 
     `features` are what the driver accepts, `options` go to the `Device`, which sees the driver's memory by a guarded
@@ -59,7 +58,6 @@ class VirtioDisk:
         self.guest = GuestMemory(log=log)
         mapped = guarded_map(self.memory.fd, self.memory.size, 0, self.guest)
         self.guest.replace(regions(self.memory, mapped))
-        self.notifications = 0
         self._node, self._features, self._writable, self._inflight = node, features, writable, inflight
         self._options = options
         self.device: Device
@@ -117,29 +115,3 @@ class VirtioDisk:
         async with self.daemon.daemon.graph.changing:
             await services.run(self.device.root.detach())
         self.device.drop()
-
-    # The driver's side -----------------------------------------------------------------------------------------
-
-    def publish(self) -> None:
-        """Show what was added, and kick if the device wants that."""
-        if self.ring.publish():
-            os.eventfd_write(self.kick_fd, 1)
-
-    def wait(self, count: int = 1, *, timeout: float = 10) -> list[Sent]:
-        """Collect `count` requests that are done, sleeping for notifications."""
-        done = self.block.collect()
-        while len(done) < count:
-            if not self.ring.arm():
-                if not select.select([self.call_fd], [], [], timeout)[0]:
-                    raise TimeoutError(f"{count - len(done)} requests are not answered")
-                os.eventfd_read(self.call_fd)
-                self.notifications += 1
-            done += self.block.collect()
-        return done
-
-    def run(self, kind: int, sector: int = 0, data: bytes = b"", length: int = 0) -> tuple[int, bytes]:
-        """One request, to its end: status, and what was read."""
-        sent = self.block.add(kind, sector, data, length)
-        self.publish()
-        self.wait()
-        return self.block.status(sent), self.block.data(sent) if length else b""

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import errno
 import os
-import select
 import socket
 import struct
 from collections.abc import Callable
 
-from blkferry.testing.virtio import BlockDriver, DriverMemory, Sent, SplitDriver
+from blkferry.testing.virtio import BlockDriver, DriverMemory, Requester, SplitDriver
 from blkferry.wire.vduse.ioctls import NO_EVENTFD, QueueInfo
 from blkferry.wire.vduse.messages import REQUEST_SIZE, RESPONSE_SIZE
 from blkferry.wire.virtio.features import Feature
@@ -23,7 +22,7 @@ FEATURES = Feature.VERSION_1 | Feature.ACCESS_PLATFORM | Feature.EVENT_IDX | Fea
 DRIVER_OK = 15
 
 
-class FakeKernel:
+class FakeKernel(Requester):
     """A kernel that a device was made in. It outlives the processes that open the device, one after the other."""
 
     def __init__(self, entries: int = 64) -> None:
@@ -149,24 +148,3 @@ class FakeKernel:
     def reset(self) -> None:
         self.set_status(0)
         self.ready = False
-
-    def publish(self) -> None:
-        if self.ring.publish() and self.kick_fd != NO_EVENTFD:
-            os.eventfd_write(self.kick_fd, 1)
-
-    def wait(self, count: int = 1) -> list[Sent]:
-        """Collect so many requests that are done, sleeping for interrupts."""
-        done = self.block.collect()
-        while len(done) < count:
-            if not self.ring.arm():
-                assert select.select([self.call_fd], [], [], 10)[0], f"{count - len(done)} requests are not answered"
-                os.eventfd_read(self.call_fd)
-            done += self.block.collect()
-        return done
-
-    def run(self, kind: int, sector: int = 0, data: bytes = b"", length: int = 0) -> tuple[int, bytes]:
-        """One request, to its end: status, and what was read."""
-        sent = self.block.add(kind, sector, data, length)
-        self.publish()
-        self.wait()
-        return self.block.status(sent), self.block.data(sent) if length else b""
