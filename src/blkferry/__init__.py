@@ -7,9 +7,10 @@ async with blkferry.Daemon() as daemon:
     print(await disk.read(0, 5), "is also at", export.uri)
 """
 
-from blkferry.daemon.daemon import Daemon, GuestOffer, NbdOffer
+from blkferry.daemon.daemon import Daemon
 from blkferry.daemon.disk import Disk
 from blkferry.daemon.mounts import FuseMount
+from blkferry.daemon.offers import GuestOffer, NbdOffer
 from blkferry.errors import Error, ErrorKind
 from blkferry.extent import Status
 

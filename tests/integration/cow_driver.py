@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal
 import msgspec
 import pytest
 
-from blkferry.daemon.daemon import load_branches
+from blkferry.daemon.branches import load_branches
 from blkferry.errors import Error, ErrorKind
 from blkferry.extent import Content, Extent
 from blkferry.graph import access, registry

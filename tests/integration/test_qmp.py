@@ -229,7 +229,7 @@ async def test_an_iothread_in_use_is_refused(sockets):
             "block-export-add",
             {"type": "nbd", "id": "e", "node-name": "disk", "iothread": "io1", "fixed-iothread": True},
         )
-        assert daemon.graph.find("disk").services is daemon.iothread("io1").services
+        assert daemon.graph.find("disk").services is daemon.objects.iothread("io1").services
         assert await refused(client, "object-del", {"id": "io1"}) == (
             "GenericError",
             "object 'io1' is in use, can not be deleted",

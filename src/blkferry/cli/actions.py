@@ -50,7 +50,7 @@ async def _nbd_server(daemon: Daemon, options: NbdServerOptions) -> None:
 
 
 async def _object(daemon: Daemon, options: ObjectOptions) -> None:
-    await daemon.add_object(options)
+    await daemon.objects.add(options)
 
 
 async def _chardev(daemon: Daemon, options: ChardevAdd) -> None:

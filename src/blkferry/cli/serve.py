@@ -192,7 +192,7 @@ async def add_objects(daemon: Daemon, objects: Sequence[str]) -> None:
         options = parse_option(ObjectOptions, text, implied="qom-type")
         if isinstance(options, Help):
             raise Error(ErrorKind.INVALID_ARGUMENT, "--object needs an object", hint=options.text)
-        await daemon.add_object(options)
+        await daemon.objects.add(options)
 
 
 async def add_qmp(daemon: Daemon, path: str) -> None:
@@ -216,10 +216,10 @@ async def _add_security(daemon: Daemon, request: Request) -> None:
         hint = "docs/tls.md shows how to make certificates (ca-cert.pem, server-cert.pem, server-key.pem) or keys."
         raise Error(ErrorKind.NOT_FOUND, f"'{request.tls}' has neither server-cert.pem nor keys.psk", hint=hint)
     credentials = {"qom-type": found[0], "id": TLS, "endpoint": "server", "dir": request.tls}
-    await daemon.add_object(visit(ObjectOptions, credentials))
+    await daemon.objects.add(visit(ObjectOptions, credentials))
     if request.allowed:
         rules = [{"match": name, "policy": "allow", "format": "exact"} for name in request.allowed]
-        await daemon.add_object(visit(ObjectOptions, {"qom-type": "authz-list", "id": ALLOWED, "rules": rules}))
+        await daemon.objects.add(visit(ObjectOptions, {"qom-type": "authz-list", "id": ALLOWED, "rules": rules}))
 
 
 async def open_image(

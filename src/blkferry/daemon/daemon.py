@@ -10,14 +10,13 @@ import functools
 import itertools
 import logging
 import os
-import ssl
 import tempfile
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version as distribution_version
 from typing import Any, Self
 
 from blkferry.daemon import commands, images
+from blkferry.daemon.branches import load_branches
 from blkferry.daemon.chardev import Chardev
 from blkferry.daemon.devices import BlockDevice, make_device
 from blkferry.daemon.disk import Disk
@@ -27,30 +26,22 @@ from blkferry.daemon.monitor import Monitor
 from blkferry.daemon.mountpoints import Mountpoints
 from blkferry.daemon.mounts import FuseMount, mount
 from blkferry.daemon.nbd_servers import NbdServers
+from blkferry.daemon.objects import Objects
+from blkferry.daemon.offers import GuestOffer, NbdOffer
 from blkferry.errors import Error, ErrorKind
 from blkferry.exports.nbd import NbdServer
 from blkferry.exports.vduse_blk import BlockExportOptionsVduseBlk
-from blkferry.graph import registry
-from blkferry.graph.graph import Graph, well_formed
+from blkferry.graph.graph import Graph
 from blkferry.jobs.jobs import Jobs
-from blkferry.objects.base import BlkObject
-from blkferry.objects.iothread import Iothread
-from blkferry.objects.secret import Secret
-from blkferry.objects.tls import TlsCreds
 from blkferry.plane.services import Services
-from blkferry.schema.block import BlockdevOptions
 from blkferry.schema.control import MonitorMode, MonitorOptions
-from blkferry.schema.create import BlockdevCreateOptions, unable
 from blkferry.schema.export import (
-    BlockExportOptions,
     BlockExportOptionsFuse,
     BlockExportOptionsNbd,
-    BlockExportRemoveMode,
     FuseExportAllowOther,
     NbdServerOptionsBase,
 )
-from blkferry.schema.qapi import Struct, variants
-from blkferry.schema.qom import ObjectOptions
+from blkferry.schema.qapi import Struct
 from blkferry.schema.registry import COMMANDS, EVENTS
 from blkferry.schema.sockets import SocketAddress, SocketAddressUnix
 from blkferry.schema.visit import dump, visit
@@ -74,11 +65,11 @@ class Daemon:
     """
 
     def __init__(self, *, engine: str = "auto") -> None:
-        self._engine = engine
+        self.engine = engine
         self._subscribers: dict[object, EventCallback] = {}
         self._stopping: asyncio.Task[None] | None = None
         self._hurry = asyncio.Event()
-        self.objects: dict[str, BlkObject] = {}
+        self.objects = Objects(self)
         self.chardevs: dict[str, Chardev] = {}
         self.monitors: list[Monitor] = []
         self.nbd_servers = NbdServers(self)
@@ -99,10 +90,10 @@ class Daemon:
     async def start(self) -> None:
         """Make the daemon usable, on the running loop."""
         load_branches()
-        self.services = Services(asyncio.get_running_loop(), engine=self._engine)
+        self.services = Services(asyncio.get_running_loop(), engine=self.engine)
         self.graph = Graph(self.services, self._emit_from_anywhere)
-        self.graph.secret = self.secret
-        self.graph.client_tls = self._client_tls
+        self.graph.secret = self.objects.secret
+        self.graph.client_tls = self.objects.client_tls
 
     async def stop(self, *, patience: float = DRAIN_SECONDS) -> None:
         """End in order: no new clients, answer the old ones for at most `patience` seconds, flush and close everything.
@@ -430,134 +421,3 @@ class Daemon:
         monitor = Monitor(chardev, self, pretty=options.pretty)
         await monitor.start()
         self.monitors.append(monitor)
-
-    # Objects ---------------------------------------------------------------------------------------------------
-
-    async def add_object(self, options: ObjectOptions) -> None:
-        """Create an object. Raises Error when the id is taken or malformed, or the type unknown."""
-        if not well_formed(options.id):
-            raise Error(ErrorKind.INVALID_ARGUMENT, "Parameter 'id' expects an identifier", hint="Like 'io1'.")
-        if options.id in self.objects:
-            raise Error(ErrorKind.EXISTS, f"There already is an object with id '{options.id}'", id=options.id)
-        kind = registry.load("objects", options.qom_type)
-        if kind is None:
-            raise Error(ErrorKind.NOT_FOUND, f"invalid object type: {options.qom_type}")
-        thing: BlkObject = kind(options)
-        await thing.start(self.graph, self._engine)
-        self.objects[options.id] = thing
-
-    async def remove_object(self, object_id: str) -> None:
-        """Remove an object that nothing uses. Raises Error(NOT_FOUND) or Error(BUSY), naming the users."""
-        thing = self.objects.get(object_id)
-        if thing is None:
-            raise Error(
-                ErrorKind.NOT_FOUND,
-                f"object '{object_id}' not found",
-                hint=f"Known objects: {', '.join(self.objects)}." if self.objects else "There are no objects.",
-            )
-        if users := list(thing.users(self.graph)):
-            raise Error(
-                ErrorKind.BUSY,
-                f"object '{object_id}' is in use, can not be deleted",
-                hint=f"It is used by {', '.join(users)}.",
-            )
-        del self.objects[object_id]
-        await thing.stop()
-
-    def iothread(self, object_id: str) -> Iothread:
-        """The iothread of this name; raises Error(NOT_FOUND)."""
-        thing = self.objects.get(object_id)
-        if not isinstance(thing, Iothread):
-            raise Error(
-                ErrorKind.NOT_FOUND,
-                f'iothread "{object_id}" not found',
-                hint=self._list_objects(Iothread) or "Create it with object-add.",
-            )
-        return thing
-
-    def secret(self, object_id: str) -> bytes:
-        """What the secret of this name keeps; raises Error(NOT_FOUND) or Error(INVALID_ARGUMENT)."""
-        thing = self.objects.get(object_id)
-        if isinstance(thing, Secret):
-            return thing.value
-        hint = self._list_objects(Secret) or "Create it with object-add."
-        if thing is None:
-            raise Error(ErrorKind.NOT_FOUND, f"No secret with id '{object_id}'", hint=hint)
-        raise Error(ErrorKind.INVALID_ARGUMENT, f"Object with id '{object_id}' is not a secret", hint=hint)
-
-    def credentials(self, object_id: str, endpoint: str) -> TlsCreds:
-        """The TLS credentials of this name, for a "server" or "client"; raises Error."""
-        thing = self.objects.get(object_id)
-        if thing is None:
-            names = ", ".join(name for name, each in self.objects.items() if isinstance(each, TlsCreds))
-            hint = f"Known TLS credentials: {names}." if names else "Create them with object-add (tls-creds-x509)."
-            raise Error(ErrorKind.NOT_FOUND, f"No TLS credentials with id '{object_id}'", hint=hint)
-        if not isinstance(thing, TlsCreds):
-            raise Error(ErrorKind.INVALID_ARGUMENT, f"Object with id '{object_id}' is not TLS credentials")
-        if thing.endpoint != endpoint:
-            raise Error(
-                ErrorKind.INVALID_ARGUMENT,
-                f"Expected TLS credentials for a {endpoint} endpoint",
-                hint=f"'{object_id}' was made with endpoint={thing.endpoint}.",
-            )
-        return thing
-
-    def _client_tls(self, credentials_id: str, *, named: bool) -> ssl.SSLContext:
-        return self.credentials(credentials_id, "client").context(named=named)
-
-    def _list_objects(self, kind: type[BlkObject]) -> str:
-        names = ", ".join(name for name, thing in self.objects.items() if isinstance(thing, kind))
-        return f"Known {kind.kind}s: {names}." if names else ""
-
-
-@dataclass(frozen=True)
-class Offer:
-    """An export that a program made."""
-
-    daemon: Daemon
-    id: str
-
-    async def remove(self, *, force: bool = False) -> None:
-        """Stop offering it; `force` disconnects clients. Raises Error(BUSY) when there are some and it does not."""
-        mode = BlockExportRemoveMode.HARD if force else BlockExportRemoveMode.SAFE
-        await self.daemon.exports.remove(self.id, mode, wait=True)
-
-
-@dataclass(frozen=True)
-class NbdOffer(Offer):
-    """An NBD export. `uris` say where clients find it, `uri` is the first of them."""
-
-    uris: list[str]
-
-    @property
-    def uri(self) -> str:
-        return self.uris[0]
-
-
-@dataclass(frozen=True)
-class GuestOffer(Offer):
-    """A vhost-user-blk export: a virtual machine's front end connects to the socket at `path`."""
-
-    path: str
-
-
-def load_branches() -> None:
-    """Let the schema's open unions find what entry points contribute."""
-    variants(BlockdevCreateOptions).loader = _load_creators
-    for union, group in ((BlockdevOptions, "drivers"), (BlockExportOptions, "exports"), (ObjectOptions, "objects")):
-        variants(union).loader = _loader(group)
-
-
-def _loader(group: str) -> Callable[[str | None], None]:
-    def load(name: str | None) -> None:
-        for each in registry.plugins(group) if name is None else (name,):
-            registry.load(group, each)
-
-    return load
-
-
-def _load_creators(name: str | None) -> None:
-    for each in registry.plugins("drivers"):
-        if name in (None, each):
-            registry.load("drivers", each)
-            unable(each)

@@ -124,7 +124,7 @@ class Exports:
             raise Error(ErrorKind.UNSUPPORTED, "An export runs in one iothread", hint="Give the name of one iothread.")
         if not names:
             return
-        services = self._daemon.iothread(names[0]).services
+        services = self._daemon.objects.iothread(names[0]).services
         if services is node.services:
             return
         pinned = [user for user in graph.users_of(graph.tree_of(node)) if user.pinned]

@@ -97,7 +97,7 @@ class NbdServers:
                     hint="Without TLS nobody can tell who a client is.",
                 )
             return None
-        first = self._daemon.credentials(options.tls_creds, "server")
+        first = self._daemon.objects.credentials(options.tls_creds, "server")
         authorize, rule = None, ""
         if options.tls_authz is not None:
             if not (first.is_x509 and first.verify_peer):

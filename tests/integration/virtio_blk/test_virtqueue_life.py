@@ -152,7 +152,7 @@ def test_a_device_moves_to_another_loop_while_its_driver_goes_on(daemon, feature
             services = disk.device.root.services
             await services.run(disk.queue.pause())
             disk.device.drop()
-            target = daemon.daemon.iothread("io").services
+            target = daemon.daemon.objects.iothread("io").services
             node = graph.find("m")
             target = target if node.services is not target else daemon.daemon.services
             node.move(target)

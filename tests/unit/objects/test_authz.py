@@ -62,7 +62,7 @@ async def test_rules_are_written_on_the_command_line_too(daemon):
         "rules.1.match=root,rules.1.policy=allow",
         "qom-type",
     )
-    await daemon.add_object(options)
+    await daemon.objects.add(options)
     assert await allowed(daemon.objects["a"], "O=Lab,CN=x", "root", "O=Lab") == ["O=Lab,CN=x", "root"]
 
 

@@ -119,7 +119,7 @@ async def test_a_name_that_is_no_secret_is_refused_with_those_there_are(daemon):
         daemon.graph.secret("s")
     assert caught.value.hint == "Known secrets: a, b."
     with pytest.raises(Error, match=r'^iothread "a" not found$'):
-        daemon.iothread("a")
+        daemon.objects.iothread("a")
 
 
 async def test_a_graph_alone_has_no_secrets(daemon):
@@ -130,7 +130,7 @@ async def test_a_graph_alone_has_no_secrets(daemon):
 async def test_nothing_but_the_value_has_it(daemon, caplog):
     caplog.set_level(logging.DEBUG)
     options = SecretProperties(id="s", data="hunter2", format=QCryptoSecretFormat.RAW)
-    await daemon.add_object(options)
+    await daemon.objects.add(options)
     thing = daemon.objects["s"]
     assert daemon.graph.secret("s") == b"hunter2"
     for said in (repr(options), str(options), repr(thing), str(thing), caplog.text):

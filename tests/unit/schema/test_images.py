@@ -2,7 +2,7 @@
 
 import pytest
 
-from blkferry.daemon.daemon import load_branches
+from blkferry.daemon.branches import load_branches
 from blkferry.drivers.file_create import BlockdevCreateOptionsFile
 from blkferry.drivers.qcow2.options import BlockdevCreateOptionsQcow2, BlockdevOptionsQcow2, Qcow2OverlapCheckFlags
 from blkferry.errors import Error

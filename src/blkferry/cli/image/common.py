@@ -209,7 +209,7 @@ async def _live(common: Common, work: Callable[[Daemon], Coroutine[Any, Any, Res
             if isinstance(options, Help):
                 click.echo(options.text)
                 raise click.exceptions.Exit(0)
-            await daemon.add_object(options)
+            await daemon.objects.add(options)
         return await work(daemon)
 
 

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 @command("object-add")
 async def object_add(daemon: Daemon, options: ObjectOptions) -> None:
-    await daemon.add_object(options)
+    await daemon.objects.add(options)
 
 
 @command("object-del")
 async def object_del(daemon: Daemon, arguments: ObjectDel) -> None:
-    await daemon.remove_object(arguments.id)
+    await daemon.objects.remove(arguments.id)

@@ -233,7 +233,7 @@ async def add_credentials(daemon: Daemon, name: str) -> None:
     """Add the object that a URI with TLS needs, if it is not there already. Raises Error."""
     credentials = credentials_for(name) if is_uri(name) else None
     if credentials is not None and credentials["id"] not in daemon.objects:
-        await daemon.add_object(visit(ObjectOptions, credentials, keyval=True))
+        await daemon.objects.add(visit(ObjectOptions, credentials, keyval=True))
 
 
 async def full_options(
