@@ -13,7 +13,7 @@ import time
 import pytest
 
 from blkferry.errors import Error
-from blkferry.exports.fuse import mountinfo
+from blkferry.exports.fuse import mountinfo, transfers
 from blkferry.exports.fuse.session import Session
 from blkferry.plane import syscalls
 from blkferry.testing.daemon import DaemonThread
@@ -341,3 +341,25 @@ def test_a_mounted_file_is_another_daemons_image(daemon, file, tmp_path, image):
         run("qemu-img", "compare", "-U", "-f", "raw", "-F", "raw", disk.path, second)
     daemon.execute("block-export-del", id="e")
     assert disk.path.read_bytes()[:16] == b"all the way down"
+
+
+def test_another_servers_disk_costs_no_task_for_a_request(daemon, file, monkeypatch):
+    monkeypatch.setattr(transfers, "_read", None)
+    monkeypatch.setattr(transfers, "_write_all", None)
+    data = os.urandom(20_000)
+    with DaemonThread() as upstream:
+        upstream.execute("blockdev-add", driver="memory", node_name="m", size=MIB)
+        path = upstream.export("m", writable=True)
+        daemon.execute("blockdev-add", driver="nbd", node_name="n", server={"type": "unix", "path": path})
+        export(daemon, "n", file, writable=True)
+        opened = os.open(file, os.O_RDWR)
+        assert os.pwrite(opened, data, 1000) == len(data)
+        assert os.pread(opened, len(data), 1000) == data
+        monkeypatch.undo()  # waiting for a server that is gone does
+        upstream.execute("block-export-del", id="e", mode="hard")
+        with pytest.raises(OSError, match="Input/output error"):
+            os.pwrite(opened, data, 0)
+        with pytest.raises(OSError, match="Input/output error"):
+            os.pread(opened, 512, 0)
+        closed(opened)  # which flushes, as no server does any more
+        daemon.execute("block-export-del", id="e", mode="hard")

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from blkferry.exports.virtio_blk import slow
 from blkferry.testing import nodes
 from blkferry.testing.daemon import DaemonThread
 from blkferry.testing.virtio import NEXT, WRITE
@@ -313,3 +314,25 @@ def test_dirty_bitmaps_hear_of_every_write(daemon, node):
         daemon.execute("block-dirty-bitmap-clear", node=node, name="b")
         assert disk.run(Type.OUT, 8 * 3, b"\x66" * 4096)[0] == OK
         assert bitmap.dirty_bytes == 4096
+
+
+@pytest.mark.parametrize("features", [FEATURES, PACKED])
+def test_another_servers_disk_costs_no_task_for_a_request(daemon, monkeypatch, features):
+    monkeypatch.setattr(slow, "read", None)
+    monkeypatch.setattr(slow, "write", None)
+    data = random.Random(1).randbytes(20_000 // 512 * 512)
+    with DaemonThread() as upstream:
+        upstream.execute("blockdev-add", driver="memory", node_name="m", size=SIZE)
+        path = upstream.export("m", writable=True)
+        daemon.execute("blockdev-add", driver="nbd", node_name="n", server={"type": "unix", "path": path})
+        try:
+            with VirtioDisk(daemon, "n", features=features) as disk:
+                disk.block.cut = 4096
+                assert disk.run(Type.OUT, 3, data) == (OK, b"")
+                assert disk.run(Type.IN, 3, length=len(data)) == (OK, data)
+                monkeypatch.undo()  # waiting for a server that is gone does
+                upstream.execute("block-export-del", id="e", mode="hard")
+                assert disk.run(Type.OUT, 3, data)[0] == IOERR
+                assert disk.run(Type.IN, 3, length=512)[0] == IOERR
+        finally:
+            daemon.execute("blockdev-del", node_name="n")

@@ -42,7 +42,28 @@ def read(session: Session, unique: int, offset: int, size: int) -> None:
         _answer_cached(session, unique, offset, size, stretches) or _gather(session, unique, offset, size, stretches)
     ):
         return
-    session.spawn(unique, _read(session, unique, offset, size), size)
+    if not _read_later(session, unique, offset, size):
+        session.spawn(unique, _read(session, unique, offset, size), size)
+
+
+def _read_later(session: Session, unique: int, offset: int, size: int) -> bool:
+    """Have one driver read all of it, as another server's disk is read; False when that takes a task."""
+    buffer = session.services.buffers.acquire(size)
+
+    def have_read(result: int) -> None:
+        if result < 0:
+            session.fail(unique, OSError(-result, os.strerror(-result)), "reading")
+        else:
+            session.sent += size
+            session.reply(OUT_HEADER.pack(OUT_HEADER.size + size, 0, unique), buffer.view[:size])
+        buffer.release()
+        session.finished(size)
+
+    if not session.root.read_later(offset, buffer.view[:size], have_read):
+        buffer.release()
+        return False
+    session.begin(size)
+    return True
 
 
 async def _read(session: Session, unique: int, offset: int, size: int) -> bytes:
@@ -172,15 +193,9 @@ def _write_now(session: Session, offset: int, size: int) -> bool:
 
 
 def _write(session: Session, unique: int, offset: int, size: int) -> None:
-    """Write in place by the engine where that is all there is to do, else as a task."""
+    """Have it written in place by the engine, or elsewhere by one driver, where that is all; or as a task."""
     root = session.root
     buffer, start = session.keep_data(size)
-    spot = session.places.in_place(offset, size)
-    if spot is None or not session.places.is_plain_write(*spot, size, fua=root.writethrough):
-        session.spawn(unique, _write_all(session, unique, offset, size, buffer, start), size)
-        return
-    storage, place = spot
-    session.begin(size)
 
     def written(result: int) -> None:
         buffer.release()
@@ -190,7 +205,14 @@ def _write(session: Session, unique: int, offset: int, size: int) -> None:
             session.reply(_written(session, unique, size))
         session.finished(size)
 
-    storage.fast_write(buffer, size, place, root.writethrough, written, start=start)
+    spot = session.places.in_place(offset, size)
+    if spot is not None and session.places.is_plain_write(*spot, size, fua=root.writethrough):
+        session.begin(size)
+        spot[0].fast_write(buffer, size, spot[1], root.writethrough, written, start=start)
+    elif spot is None and root.write_later(offset, buffer.view[start : start + size], written):
+        session.begin(size)
+    else:
+        session.spawn(unique, _write_all(session, unique, offset, size, buffer, start), size)
 
 
 async def _write_all(session: Session, unique: int, offset: int, size: int, buffer: Buffer, start: int) -> bytes:

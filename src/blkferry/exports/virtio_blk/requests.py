@@ -10,7 +10,7 @@ import os
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from blkferry.exports.virtio_blk import slow
+from blkferry.exports.virtio_blk import later, slow
 from blkferry.exports.virtio_blk.limits import MAX_INLINE, MAX_REMAP_SECTORS
 from blkferry.exports.virtio_blk.request import Request, gather
 from blkferry.graph import access
@@ -99,7 +99,8 @@ def _read(queue: Queue, request: Request) -> None:
             return
         if _read_later(queue, request, offset, parts):
             return
-    queue.spawn(request, slow.read(queue, request, offset))
+    if not later.read(queue, request, offset, failed):
+        queue.spawn(request, slow.read(queue, request, offset))
 
 
 def _read_now(queue: Queue, request: Request, parts: list[tuple[Storage, int, list[memoryview], int]]) -> bool:
@@ -166,7 +167,8 @@ def _write(queue: Queue, request: Request, *, inline: bool) -> None:
     if spot is None:
         if inline and length <= MAX_INLINE and _put(queue, request, offset):
             return
-        queue.spawn(request, slow.write(queue, request, offset))
+        if not later.write(queue, request, offset, failed):
+            queue.spawn(request, slow.write(queue, request, offset))
         return
     storage, place = spot
     if inline and not storage.direct:
